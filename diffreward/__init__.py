@@ -1,0 +1,76 @@
+"""More reward out of diffusion models: finetune towards it, steer by it, score with it.
+
+    import diffreward as dr
+
+    policy = dr.load_policy("embedded:emoji")
+    result = dr.steer(policy, "clip_score", ["a red heart above a blue circle"], num_particles=4)
+    result.samples.data  # (1, 3, 64, 64), float32 RGB in [0, 1]
+
+The names below are the public API. They are imported when first used, so that importing the
+package loads neither diffusers nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Samples": "samples",
+    "Condition": "policy",
+    "Policy": "policy",
+    "StepLaw": "policy",
+    "Trajectory": "policy",
+    "path_log_prob": "policy",
+    "rollout": "policy",
+    "sample_generators": "policy",
+    "load_policy": "policies",
+    "Reward": "rewards",
+    "RewardInfo": "rewards",
+    "Scores": "rewards",
+    "available_rewards": "rewards",
+    "evaluate": "rewards",
+    "make_reward": "rewards",
+    "register_reward": "rewards",
+    "FeynmanKac": "steering",
+    "SteeringResult": "steering",
+    "steer": "steering",
+    "steered": "steering",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from diffreward.policies import load_policy
+    from diffreward.policy import (
+        Condition,
+        Policy,
+        StepLaw,
+        Trajectory,
+        path_log_prob,
+        rollout,
+        sample_generators,
+    )
+    from diffreward.rewards import (
+        Reward,
+        RewardInfo,
+        Scores,
+        available_rewards,
+        evaluate,
+        make_reward,
+        register_reward,
+    )
+    from diffreward.samples import Samples
+    from diffreward.steering import FeynmanKac, SteeringResult, steer, steered
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'diffreward' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"diffreward.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

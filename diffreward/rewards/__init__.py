@@ -1,0 +1,26 @@
+"""Rewards: higher is better, one number per sample. The contract is in :mod:`.base`."""
+
+from diffreward.rewards import image as _image  # noqa: F401  (enters its rewards in the registry)
+from diffreward.rewards.base import (
+    Reward,
+    RewardInfo,
+    RewardSpec,
+    Scores,
+    as_reward,
+    available_rewards,
+    evaluate,
+    make_reward,
+    register_reward,
+)
+
+__all__ = [
+    "Reward",
+    "RewardInfo",
+    "RewardSpec",
+    "Scores",
+    "as_reward",
+    "available_rewards",
+    "evaluate",
+    "make_reward",
+    "register_reward",
+]

@@ -1,0 +1,453 @@
+"""What a reward is, how it is called, and the one table in which rewards are found.
+
+A *reward* maps :class:`~diffreward.samples.Samples` to :class:`Scores`: one number per sample,
+higher is better, which does not depend on the other samples of the batch. Anything callable that
+returns a ``(b,)`` tensor will do; :func:`make_reward` gives it the rest.
+
+Steering, finetuning and scoring call rewards through :func:`evaluate` only, so that a wrong
+shape, an integer, a NaN or a missing prompt is one clear error, and never a silent zero.
+
+A *registered* reward is a factory, a function or class whose keyword arguments are the reward's
+options::
+
+    @register_reward("brightness", modality="image", differentiable=True, range=(0, 1))
+    def brightness(power: float = 1.0):
+        '''Mean of the pixels to a power.'''
+        return lambda samples: samples.data.pow(power).mean(dim=(1, 2, 3))
+
+    make_reward({"name": "brightness", "power": 2.0})
+
+Heavy imports belong inside the factory: this package imports none of open_clip, transformers and
+diffusers.
+"""
+
+import difflib
+import functools
+import inspect
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffreward.samples import Samples
+
+ENTRY_POINT_GROUP = "diffreward.rewards"
+
+# --------------------------------------------------------------------------------------------
+# The records
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scores:
+    """What a reward says about b samples.
+
+    Attributes:
+        value: ``(b,)``, higher is better; float32 when it comes from :func:`evaluate`.
+        std: ``(b,)`` uncertainty in the units of ``value``, where the reward knows it.
+        parts: named components for reports, each ``(b,)``; NaN where one does not apply.
+    """
+
+    value: Float[Tensor, " b"]
+    std: Float[Tensor, " b"] | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def take(self, indices: Tensor | Sequence[int]) -> "Scores":
+        """The scores at ``indices`` (repeats allowed), in that order."""
+        at = torch.as_tensor(indices, device=self.value.device)
+        return Scores(
+            self.value[at],
+            None if self.std is None else self.std[at],
+            {name: part[at] for name, part in self.parts.items()},
+        )
+
+    @staticmethod
+    def cat(batches: Sequence["Scores"]) -> "Scores":
+        """Concatenate the scores which one reward gave to several batches.
+
+        Raises:
+            ValueError: no batches, or only some of them have a std or a part.
+        """
+        if not batches:
+            raise ValueError("Scores.cat needs at least one batch")
+        head = batches[0]
+        for batch in batches[1:]:
+            if (batch.std is None) != (head.std is None) or batch.parts.keys() != head.parts.keys():
+                raise ValueError(
+                    "cannot join scores of which only some have a std or a part: "
+                    "are they from the same reward?"
+                )
+        return Scores(
+            torch.cat([batch.value for batch in batches]),
+            None if head.std is None else torch.cat([batch.std for batch in batches]),
+            {name: torch.cat([batch.parts[name] for batch in batches]) for name in head.parts},
+        )
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """What is known about a reward before it is built.
+
+    Attributes:
+        name: how it is called in specs and reports.
+        modality: the ``Samples.modality`` it scores; None: any.
+        differentiable: the value carries a gradient to the samples' data; None: not declared.
+        needs_prompt: it cannot score samples without prompts.
+        needs_context: keys of ``Samples.context`` without which it cannot score.
+        range: lowest and highest possible value.
+        licence: of its weights; of its code if it has none.
+        weights: None: it has none. ``"embedded:..."``: shipped in this package. Anything else
+            says what must be downloaded or given.
+        source: paper, equation.
+        description: one line.
+    """
+
+    name: str
+    modality: str | None = None
+    differentiable: bool | None = None
+    needs_prompt: bool = False
+    needs_context: tuple[str, ...] = ()
+    range: tuple[float, float] = (-math.inf, math.inf)
+    licence: str = ""
+    weights: str | None = None
+    source: str = ""
+    description: str = ""
+
+    @property
+    def needs_download(self) -> bool:
+        """Whether weights from outside this package are needed to build it."""
+        return self.weights is not None and not self.weights.startswith("embedded:")
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Anything callable that carries a :class:`RewardInfo`; no base class is needed."""
+
+    info: RewardInfo
+
+    def __call__(self, samples: Samples) -> Scores: ...
+
+
+RewardSpec = str | Mapping | Reward | Callable[[Samples], Any]
+"""A name, ``{"name": ..., option: value}``, a reward, or a callable ``Samples -> Tensor``."""
+
+
+# --------------------------------------------------------------------------------------------
+# Calling a reward
+# --------------------------------------------------------------------------------------------
+
+
+def evaluate(reward: Reward | Callable[[Samples], Any], samples: Samples) -> Scores:
+    """Score samples, checking what goes in and what comes out.
+
+    Args:
+        reward: a reward, or a callable ``Samples -> Tensor | Scores``. (A name would build the
+            network anew at every call, and is refused: call :func:`make_reward` once.)
+        samples: b samples.
+
+    Returns:
+        Scores with ``value`` float32 ``(b,)`` on the device of the samples, with the gradient it
+        came with. ``-inf`` is a legal value: a hard constraint that is not met.
+
+    Raises:
+        ValueError: before the reward is called, if the modality is not the reward's, if prompts
+            or context it needs are missing, or if a sample's data are not finite; afterwards, if
+            the value has not the shape ``(b,)``, or is NaN or +inf: the message names the sample.
+        TypeError: ``reward`` is not callable, or returned anything but a floating-point tensor
+            or Scores.
+    """
+    if not callable(reward):
+        raise TypeError(
+            f"evaluate needs a reward or a callable, but {reward!r} came; "
+            "build it once with make_reward(...)"
+        )
+    reward = as_reward(reward)
+    _check_input(reward.info, samples)
+    scores = _as_scores(reward(samples), reward.info, samples)
+    _check_numbers(scores, reward.info, samples)
+    return scores
+
+
+def as_reward(function: Callable[[Samples], Any], info: RewardInfo | None = None) -> Reward:
+    """A reward from any callable ``Samples -> Tensor | Scores``; a reward is returned unchanged.
+
+    Args:
+        function: the callable.
+        info: given to a callable that carries none; by default its name only, with everything
+            else undeclared.
+
+    Raises:
+        TypeError: ``function`` is not callable.
+    """
+    if isinstance(function, Reward) and isinstance(function.info, RewardInfo):
+        return function
+    if not callable(function):
+        raise TypeError(f"a reward is a callable Samples -> Tensor, but {function!r} came")
+    return _FunctionReward(function, info or RewardInfo(name=_name_of(function)))
+
+
+@dataclass(frozen=True)
+class _FunctionReward:
+    function: Callable[[Samples], Any]
+    info: RewardInfo
+
+    def __call__(self, samples: Samples) -> Scores:
+        return _as_scores(self.function(samples), self.info, samples)
+
+
+def _name_of(function: Callable) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _check_input(info: RewardInfo, samples: Samples) -> None:
+    who = f"reward {info.name!r}"
+    if info.modality is not None and samples.modality != info.modality:
+        raise ValueError(
+            f"{who} scores {info.modality} samples, but {samples.modality} samples came"
+        )
+    if info.needs_prompt and samples.prompts is None:
+        raise ValueError(
+            f"{who} compares samples with their prompts, but these samples have none; "
+            "pass Samples(..., prompts=[...])"
+        )
+    missing = [key for key in info.needs_context if key not in samples.context]
+    if missing:
+        raise ValueError(
+            f"{who} needs {', '.join(missing)} in Samples.context; "
+            f"there is {', '.join(samples.context) or 'nothing'}"
+        )
+    data = samples.data
+    if isinstance(data, Tensor) and data.is_floating_point():
+        bad = ~torch.isfinite(data.detach()).flatten(1).all(dim=1)
+        if bad.any():
+            raise ValueError(
+                f"{_first(bad, samples)} has NaN or infinite data and was not given to {who}: "
+                "the model that generated it has diverged"
+            )
+
+
+def _as_scores(raw: Any, info: RewardInfo, samples: Samples) -> Scores:
+    """``raw`` as Scores of floating ``(b,)`` tensors on the samples' device, or a clear error."""
+    scores = raw if isinstance(raw, Scores) else None
+    std, parts = (scores.std, scores.parts) if scores else (None, {})
+    value = scores.value if scores else raw
+
+    def vector(tensor: Any, what: str) -> Tensor:
+        b, who = len(samples), f"reward {info.name!r}"
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{who} returned {type(tensor).__name__} as {what}, expected a tensor of shape "
+                f"({b},); convert it with torch.tensor(...)"
+            )
+        if tensor.shape != (b,):
+            hint = "it must be one number for each sample, never a mean over the batch"
+            if tensor.numel() == b:
+                hint = "flatten it with .reshape(-1)"
+            raise ValueError(
+                f"{who} returned {what} of shape {tuple(tensor.shape)}, expected ({b},) for "
+                f"{b} samples; {hint}"
+            )
+        if not tensor.is_floating_point() and not what.startswith("part"):
+            raise TypeError(
+                f"{who} returned {what} of dtype {tensor.dtype}, expected a floating-point "
+                "tensor; convert it with .float()"
+            )
+        device = samples.data.device if isinstance(samples.data, Tensor) else tensor.device
+        return tensor.to(device=device, dtype=torch.float32)
+
+    return Scores(
+        vector(value, "value"),
+        None if std is None else vector(std, "std"),
+        {name: vector(part, f"part {name!r}") for name, part in parts.items()},
+    )
+
+
+def _check_numbers(scores: Scores, info: RewardInfo, samples: Samples) -> None:
+    value = scores.value.detach()
+    bad = torch.isnan(value) | (value == math.inf)
+    if bad.any():
+        number = value[bad.nonzero()[0, 0]].item()
+        raise ValueError(f"reward {info.name!r} gave {number} to {_first(bad, samples)}")
+    if scores.std is not None:
+        std = scores.std.detach()
+        bad = ~(torch.isfinite(std) & (std >= 0))
+        if bad.any():
+            number = std[bad.nonzero()[0, 0]].item()
+            raise ValueError(f"reward {info.name!r} gave std {number} to {_first(bad, samples)}")
+
+
+def _first(bad: Tensor, samples: Samples) -> str:
+    index = int(bad.nonzero()[0, 0])
+    prompt = "" if samples.prompts is None else f" ({samples.prompts[index]!r})"
+    return f"sample {index}{prompt}"
+
+
+# --------------------------------------------------------------------------------------------
+# The registry
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Entry:
+    info: RewardInfo
+    factory: Callable[..., Any]
+
+
+_TABLE: dict[str, _Entry] = {}
+_plugins_loaded = False
+
+
+def _normalise(name: str) -> str:
+    """The key of a name: case, '-', '_' and spaces make no difference. The only normaliser."""
+    return re.sub(r"[-_\s]+", "", name).casefold()
+
+
+def register_reward(name: str, *, overwrite: bool = False, **info: Any) -> Callable:
+    """Decorator that enters a reward factory in the registry; the factory itself is unchanged.
+
+    Args:
+        name: how the reward will be called; case, ``-``, ``_`` and spaces make no difference.
+        overwrite: take the place of an entry of this name (re-running a notebook cell).
+        **info: fields of :class:`RewardInfo`. The description is by default the first line of
+            the factory's docstring.
+
+    The factory's arguments are the reward's options. It returns a Reward, or a plain callable
+    ``Samples -> Tensor | Scores`` which is then given this entry's info. A class without an
+    ``info`` attribute is given this entry's.
+
+    Raises:
+        ValueError: the name is empty or taken, or the function decorated is itself a reward
+            rather than a factory of one.
+        TypeError: an unknown field of RewardInfo.
+    """
+    key = _normalise(name)
+    if not key:
+        raise ValueError(f"{name!r} is no name for a reward")
+
+    def register(factory: Callable) -> Callable:
+        if key in _TABLE and not overwrite:
+            taken = _TABLE[key]
+            raise ValueError(
+                f"a reward {taken.info.name!r} is already registered by "
+                f"{taken.factory.__module__}.{taken.factory.__qualname__}; choose another name, "
+                "or pass overwrite=True to replace it"
+            )
+        if "samples" in inspect.signature(factory).parameters:
+            raise ValueError(
+                f"{factory.__qualname__} takes samples, so it is a reward, not a factory of one: "
+                "register a function of the options which returns it (or pass it to "
+                "make_reward as it is, without registering)"
+            )
+        doc = (inspect.getdoc(factory) or "").strip().split("\n")[0]
+        entry = RewardInfo(name=name, **{"description": doc, **info})
+        if isinstance(factory, type) and not hasattr(factory, "info"):
+            factory.info = entry
+        _TABLE[key] = _Entry(entry, factory)
+        return factory
+
+    return register
+
+
+def make_reward(spec: RewardSpec, /, **options: Any) -> Reward:
+    """Build a reward.
+
+    Args:
+        spec: a registered name; a mapping ``{"name": ..., option: value, ...}``; a reward
+            (returned unchanged); or a callable ``Samples -> Tensor | Scores``.
+        **options: the reward's options, as in the mapping.
+
+    Raises:
+        ValueError: an unknown name or option (the message lists near matches), a missing option,
+            a mapping without a name, or options for something that is already built.
+        TypeError: ``spec`` is none of these.
+    """
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if isinstance(spec, Mapping):
+        chosen = {**spec, **options}
+        if not isinstance(chosen.get("name"), str):
+            raise ValueError(f"a reward spec needs a 'name', but {dict(spec)!r} has none")
+        entry = _look_up(chosen.pop("name"))
+        _check_options(entry, chosen)
+        return as_reward(entry.factory(**chosen), entry.info)
+    reward = as_reward(spec)
+    if options:
+        raise ValueError(
+            f"reward {reward.info.name!r} is already built and takes no options, "
+            f"but {', '.join(options)} came"
+        )
+    return reward
+
+
+def available_rewards() -> dict[str, RewardInfo]:
+    """Every registered reward by name, sorted; builds none. Loads the plugins."""
+    _load_plugins()
+    infos = [entry.info for entry in _TABLE.values()]
+    return {info.name: info for info in sorted(infos, key=lambda info: info.name)}
+
+
+def _look_up(name: str) -> _Entry:
+    key = _normalise(name)
+    if key not in _TABLE:
+        _load_plugins()
+    if key not in _TABLE:
+        near = difflib.get_close_matches(key, _TABLE, n=3, cutoff=0.5)
+        known = near or sorted(_TABLE)
+        names = ", ".join(_TABLE[k].info.name for k in known)
+        raise ValueError(
+            f"there is no reward {name!r}; {'did you mean' if near else 'there are'}: {names}"
+        )
+    return _TABLE[key]
+
+
+def _check_options(entry: _Entry, options: Mapping[str, Any]) -> None:
+    """Name a wrong or missing option before the factory starts to load weights."""
+    parameters = inspect.signature(entry.factory).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    takes = [p.name for p in named]
+    if all(p.kind != p.VAR_KEYWORD for p in parameters):
+        for option in options:
+            if option not in takes:
+                near = difflib.get_close_matches(option, takes, n=1)
+                raise ValueError(
+                    f"reward {entry.info.name!r} has no option {option!r}"
+                    + (f" (did you mean {near[0]!r}?)" if near else "")
+                    + f"; it takes {', '.join(takes) or 'none'}"
+                )
+    missing = [p.name for p in named if p.default is p.empty and p.name not in options]
+    if missing:
+        raise ValueError(f"reward {entry.info.name!r} needs the option {', '.join(missing)}")
+
+
+def _load_plugins() -> None:
+    """Import, once, the modules which installed packages name in the entry-point group.
+
+    An entry point's value is a module, or an object in it; importing it runs its
+    :func:`register_reward` decorators. A plugin that fails is named in a warning and left out.
+    """
+    global _plugins_loaded
+    if _plugins_loaded:
+        return
+    _plugins_loaded = True  # first, so that a plugin which asks the registry does not recurse
+    for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            point.load()
+        except Exception as err:  # whatever a third party's import raises
+            warnings.warn(
+                f"the reward plugin {point.name!r} ({point.value}) could not be loaded, so its "
+                f"rewards are missing: {type(err).__name__}: {err}",
+                RuntimeWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,122 @@
+"""Samples: what a diffusion model produced, decoded, together with what it was asked for.
+
+Conventions, one per modality:
+
+- ``"image"``: float32 RGB in [0, 1], shape ``(b, 3, h, w)``;
+- ``"video"``: float32 RGB in [0, 1], shape ``(b, f, 3, h, w)``, f frames;
+- ``"dna"``, ``"protein"``, ...: int64 tokens ``(b, l)``, or relaxed tokens ``(b, l, v)`` (float);
+- ``"text"``: a list of b strings;
+- any other name: a tensor whose first dimension is b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Samples:
+    """A batch of decoded outputs.
+
+    Attributes:
+        data: tensor with leading dimension b, or a list of b strings.
+        modality: which convention of the module docstring ``data`` follows.
+        prompts: the b prompts, or None for an unconditional model.
+        context: per-sample extras a reward may need (a control image, a structure); each value is
+            a tensor with leading dimension b or a list of length b.
+
+    Raises:
+        ValueError: lengths disagree, or an image batch is not float ``(b, 3, h, w)``.
+    """
+
+    data: Tensor | list[str]
+    modality: str
+    prompts: list[str] | None = None
+    context: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.prompts is not None:
+            self.prompts = list(self.prompts)
+        if self.modality == "image":
+            d = self.data
+            if not isinstance(d, Tensor) or d.ndim != 4 or d.shape[1] != 3:
+                came = tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__
+                raise ValueError(f"images must have shape (b, 3, h, w), but {came} came")
+            if not d.is_floating_point():
+                raise ValueError(
+                    f"images must be floating point in [0, 1], but {d.dtype} came; "
+                    "divide uint8 images by 255"
+                )
+        for name, value in [("prompts", self.prompts), *self.context.items()]:
+            if value is not None and len(value) != len(self):
+                raise ValueError(f"{name} has {len(value)} entries for {len(self)} samples")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def take(self, indices: Tensor | Sequence[int]) -> Samples:
+        """The samples at ``indices`` (repeats allowed), in that order."""
+        return replace(
+            self,
+            data=_take(self.data, indices),
+            prompts=_take(self.prompts, indices),
+            context={k: _take(v, indices) for k, v in self.context.items()},
+        )
+
+    def to(self, device: torch.device | str) -> Samples:
+        """The same samples with every tensor on ``device``."""
+
+        def move(v):
+            return v.to(device) if isinstance(v, Tensor) else v
+
+        return replace(
+            self, data=move(self.data), context={k: move(v) for k, v in self.context.items()}
+        )
+
+    def detach(self) -> Samples:
+        """The same samples without gradient history."""
+        return replace(
+            self, data=self.data.detach() if isinstance(self.data, Tensor) else self.data
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Samples]) -> Samples:
+        """Concatenate batches of one modality.
+
+        Raises:
+            ValueError: no parts, or modalities, prompts or context keys do not agree.
+        """
+        if not parts:
+            raise ValueError("Samples.cat needs at least one batch")
+        head = parts[0]
+        for p in parts[1:]:
+            if p.modality != head.modality:
+                raise ValueError(f"cannot join {head.modality!r} with {p.modality!r} samples")
+            same_prompts = (p.prompts is None) == (head.prompts is None)
+            if not same_prompts or p.context.keys() != head.context.keys():
+                raise ValueError("cannot join samples of which only some have prompts or context")
+        return Samples(
+            data=_cat([p.data for p in parts]),
+            modality=head.modality,
+            prompts=None if head.prompts is None else _cat([p.prompts for p in parts]),
+            context={k: _cat([p.context[k] for p in parts]) for k in head.context},
+        )
+
+
+def _take(value, indices):
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value[torch.as_tensor(indices, device=value.device)]
+    return [value[int(i)] for i in indices]
+
+
+def _cat(values: list):
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    return [v for part in values for v in part]

@@ -1,0 +1,11 @@
+"""Steering at inference time: the loop over a policy, and the hook into any pipeline."""
+
+from diffreward.steering.feynman_kac import (
+    POTENTIALS,
+    BestOfN,
+    FeynmanKac,
+    SteeringResult,
+    steer,
+)
+
+__all__ = ["POTENTIALS", "BestOfN", "FeynmanKac", "SteeringResult", "steer"]
