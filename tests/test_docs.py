@@ -1,0 +1,65 @@
+"""Everything the README and the docs show is run: Python blocks whole, commands through the CLI."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# run by .ci/run, which this suite is part of
+BY_CI = {
+    'pip install ".[test]"',
+    'pip install -e ".[test]"',
+    "pip install .",
+    "pytest",
+    "ruff check .",
+    "ruff format --check .",
+    "lint-imports",
+}
+
+
+def blocks(language: str) -> list:
+    found = []
+    for page in PAGES:
+        for n, match in enumerate(re.finditer(rf"```{language}\n(.*?)```", page.read_text(), re.S)):
+            found.append(pytest.param(match[1], id=f"{page.name}-{n}"))
+    return found
+
+
+def commands() -> list:
+    found = []
+    for block in blocks("bash"):
+        for line in re.sub(r"\\\n\s*", " ", block.values[0]).splitlines():
+            for command in line.split("#")[0].split("&&"):
+                if command.strip():
+                    found.append(command.strip())
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_block_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "block", "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_runs(command, tmp_path):
+    if command in BY_CI:
+        ci = (ROOT / ".ci" / "run").read_text()
+        assert command.split()[0] in ci
+        return
+    words = shlex.split(command)
+    if words[0] == "diffreward":
+        words = [sys.executable, "-m", "diffreward", *words[1:]]
+    elif words[0] == "python":
+        # a script: its options are parsed, the work itself takes minutes
+        words = [sys.executable, *words[1:2], "--help"]
+    else:
+        pytest.fail(f"{command!r} is shown, but nothing runs it")
+    words = [str(ROOT / w) if (ROOT / w).is_file() else w for w in words]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
