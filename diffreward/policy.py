@@ -66,6 +66,7 @@ class Condition:
         return self.take(torch.arange(len(self)).repeat_interleave(k))
 
 
+@runtime_checkable
 class StepLaw(Protocol):
     """The law p(x[i+1] | x[i], c) of one step, for a batch of b samples."""
 

@@ -27,6 +27,7 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -181,6 +182,10 @@ class DDIM(VPKernel):
 
     eta: float = 1.0
 
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
     def law(self, i: int, x: Tensor, output: Tensor) -> GaussianLaw:
         x0, eps, x0_std = self.predict(i, x, output)
         ab, ab_next = expand(self.alpha_bar[i], x), expand(self.alpha_bar_next[i], x)
@@ -195,6 +200,7 @@ class DDPM(VPKernel):
     """Ancestral sampling from q(x[i+1] | x[i], x0); ``variance`` is diffusers' name."""
 
     variance: str = "fixed_small"
+    stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.variance not in ("fixed_small", "fixed_small_log", "fixed_large"):
@@ -253,6 +259,8 @@ class FlowKernel:
 class FlowRenoise(FlowKernel):
     """Predict x0, then add fresh noise of the next level: N((1 - sigma') x0, sigma'^2)."""
 
+    stochastic: ClassVar[bool] = True
+
     def law(self, i: int, x: Tensor, output: Tensor) -> GaussianLaw:
         x0, x0_std, _, s_next = self.predict(i, x, output)
         return GaussianLaw(x0, (1 - s_next) * x0, s_next, x0_std)
@@ -268,6 +276,10 @@ class FlowSDE(FlowKernel):
     """
 
     noise_level: float = 0.7
+
+    @property
+    def stochastic(self) -> bool:
+        return self.noise_level > 0
 
     def law(self, i: int, x: Tensor, output: Tensor) -> GaussianLaw:
         x0, x0_std, s, s_next = self.predict(i, x, output)
@@ -292,6 +304,11 @@ class GaussianPolicy:
     @property
     def num_steps(self) -> int:
         return self.kernel.num_steps
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the chain has noise at all; steering needs it."""
+        return self.kernel.stochastic
 
     @cached_property
     def device(self) -> torch.device:

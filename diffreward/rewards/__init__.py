@@ -1,6 +1,6 @@
 """Rewards: higher is better, one number per sample. The contract is in :mod:`.base`."""
 
-from diffreward.rewards import image as _image  # noqa: F401  (enters its rewards in the registry)
+from diffreward.rewards import image, shapes  # noqa: F401  (they enter their rewards in the registry)
 from diffreward.rewards.base import (
     Reward,
     RewardInfo,

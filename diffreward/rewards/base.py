@@ -117,7 +117,7 @@ class RewardInfo:
     differentiable: bool | None = None
     needs_prompt: bool = False
     needs_context: tuple[str, ...] = ()
-    range: tuple[float, float] = (-math.inf, math.inf)
+    range: tuple[float | int, float | int] = (-math.inf, math.inf)
     licence: str = ""
     weights: str | None = None
     source: str = ""
@@ -147,12 +147,12 @@ RewardSpec = str | Mapping | Reward | Callable[[Samples], Any]
 # --------------------------------------------------------------------------------------------
 
 
-def evaluate(reward: Reward | Callable[[Samples], Any], samples: Samples) -> Scores:
+def evaluate(reward: RewardSpec, samples: Samples) -> Scores:
     """Score samples, checking what goes in and what comes out.
 
     Args:
-        reward: a reward, or a callable ``Samples -> Tensor | Scores``. (A name would build the
-            network anew at every call, and is refused: call :func:`make_reward` once.)
+        reward: a reward, or a callable ``Samples -> Tensor | Scores``. A name is refused, since
+            it would be built anew at every call: call :func:`make_reward` once.
         samples: b samples.
 
     Returns:
@@ -160,17 +160,13 @@ def evaluate(reward: Reward | Callable[[Samples], Any], samples: Samples) -> Sco
         came with. ``-inf`` is a legal value: a hard constraint that is not met.
 
     Raises:
-        ValueError: before the reward is called, if the modality is not the reward's, if prompts
-            or context it needs are missing, or if a sample's data are not finite; afterwards, if
-            the value has not the shape ``(b,)``, or is NaN or +inf: the message names the sample.
+        ValueError: before the reward is called, if there are no samples, if their modality is not
+            the reward's, if prompts or context it needs are missing, or if a sample's data are
+            not finite; afterwards, if the value has not the shape ``(b,)``, or is NaN or +inf:
+            the message names the sample.
         TypeError: ``reward`` is not callable, or returned anything but a floating-point tensor
             or Scores.
     """
-    if not callable(reward):
-        raise TypeError(
-            f"evaluate needs a reward or a callable, but {reward!r} came; "
-            "build it once with make_reward(...)"
-        )
     reward = as_reward(reward)
     _check_input(reward.info, samples)
     scores = _as_scores(reward(samples), reward.info, samples)
@@ -178,7 +174,7 @@ def evaluate(reward: Reward | Callable[[Samples], Any], samples: Samples) -> Sco
     return scores
 
 
-def as_reward(function: Callable[[Samples], Any], info: RewardInfo | None = None) -> Reward:
+def as_reward(function: RewardSpec, info: RewardInfo | None = None) -> Reward:
     """A reward from any callable ``Samples -> Tensor | Scores``; a reward is returned unchanged.
 
     Args:
@@ -192,7 +188,10 @@ def as_reward(function: Callable[[Samples], Any], info: RewardInfo | None = None
     if isinstance(function, Reward) and isinstance(function.info, RewardInfo):
         return function
     if not callable(function):
-        raise TypeError(f"a reward is a callable Samples -> Tensor, but {function!r} came")
+        raise TypeError(
+            f"a reward is a callable Samples -> Tensor, but {function!r} came; "
+            "make_reward builds one from a name or a mapping"
+        )
     return _FunctionReward(function, info or RewardInfo(name=_name_of(function)))
 
 
@@ -213,6 +212,8 @@ def _name_of(function: Callable) -> str:
 
 def _check_input(info: RewardInfo, samples: Samples) -> None:
     who = f"reward {info.name!r}"
+    if not len(samples):
+        raise ValueError(f"{who} was given no samples")
     if info.modality is not None and samples.modality != info.modality:
         raise ValueError(
             f"{who} scores {info.modality} samples, but {samples.modality} samples came"

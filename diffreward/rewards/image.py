@@ -206,8 +206,8 @@ def preprocess(
     images: Float[Tensor, "b 3 h w"],
     *,
     size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float | int],
+    std: Sequence[float | int],
     interpolation: str = "bicubic",
     resize_mode: str = "shortest",
     fill: float = 0.0,
@@ -350,7 +350,8 @@ def _sqrt(x: Tensor) -> Tensor:
     source="this package",
 )
 def target_color(
-    color: str | Sequence[float] = "red", background: str | Sequence[float] | None = None
+    color: str | Sequence[float | int] = "red",
+    background: str | Sequence[float | int] | None = None,
 ) -> Callable[[Samples], Tensor]:
     """Minus the mean squared distance of the image's mean colour to a target, RGB in [0, 1].
 
@@ -384,7 +385,7 @@ def _mean_color(
     return total / (weight.sum(dim=2) + tiny)
 
 
-def _rgb(color: str | Sequence[float]) -> tuple[float, float, float]:
+def _rgb(color: str | Sequence[float | int]) -> tuple[float, float, float]:
     """A colour as three numbers in [0, 1]."""
     if isinstance(color, str):
         try:

@@ -20,11 +20,20 @@ import itertools
 import re
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from PIL import Image, ImageDraw
+from scipy import ndimage
+from torch import Tensor
+
+from diffreward.rewards.base import Scores, register_reward
+from diffreward.samples import Samples
 
 SIZE = 64
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
@@ -302,3 +311,185 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
             alpha = coverage(item.shape, next(boxes))[..., None]
             image = image * (1 - alpha) + alpha * paint
     return image.clip(0, 255).round().astype(np.uint8)
+
+
+# --------------------------------------------------------------------------------------------
+# Judge
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Detected:
+    """One object found in a picture; pixels of the 64x64 picture, y down."""
+
+    shape: str | None  # None: it resembles no known shape
+    colour: str
+    box: tuple[float, float, float, float]  # x0, y0, x1, y1
+    area: float
+    match: float  # intersection over union with the redrawn shape, in [0, 1]
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+    def fits(self, item: Item) -> bool:
+        return self.shape == item.shape and item.colour in (None, self.colour)
+
+
+MIN_AREA = 16  # px; smaller specks are no objects. The smallest star drawn covers 45.
+MIN_MATCH = 0.7  # below this overlap the object has no known shape
+BLEED = 0.2  # a colour on less than this share of an object is a stain of its main colour
+ASPECT = 1.35  # tolerated stretching of a shape
+
+_NAMES = list(COLOURS)
+_INK = 1 - np.array([COLOURS[name] for name in _NAMES], dtype=np.float32) / 255  # white - colour
+_TOUCH = np.ones((3, 3), dtype=bool)
+
+
+def _unmix(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Explain each pixel of (h, w, 3) as white mixed with one palette colour.
+
+    Returns which colour, (h, w) int, and how much of it, (h, w) in [0, 1]. Edges are thereby
+    assigned to their object's colour (a pink edge of a red disc is half red).
+    """
+    ink = 1 - image
+    amount = (ink @ _INK.T / (_INK**2).sum(1)).clip(0, 1)  # (h, w, colours)
+    error = np.linalg.norm(ink[..., None, :] - amount[..., None] * _INK, axis=-1)
+    colour = error.argmin(-1)
+    return colour, np.take_along_axis(amount, colour[..., None], -1)[..., 0]
+
+
+def _components(colour: np.ndarray, amount: np.ndarray):
+    """Yield (colour index, mask) of each object: connected pixels of one colour, without specks."""
+    blobs, count = ndimage.label(amount >= 0.5, _TOUCH)
+    for blob in range(1, count + 1):
+        inside = blobs == blob
+        if inside.sum() < MIN_AREA:
+            continue
+        shares = np.bincount(colour[inside], minlength=len(_NAMES)) / inside.sum()
+        main = shares.argmax()
+        for c in np.flatnonzero((shares >= BLEED) | (np.arange(len(_NAMES)) == main)):
+            own = inside & (colour == c)
+            if c == main:  # takes the stains
+                own |= inside & (shares[colour] < BLEED)
+            parts, n = ndimage.label(own, _TOUCH)
+            for part in range(1, n + 1):
+                mask = parts == part
+                # A sliver one pixel wide is the border between two colours.
+                solid = ndimage.binary_erosion(mask, np.ones((2, 2)), border_value=1).any()
+                if mask.sum() >= MIN_AREA and solid:
+                    yield c, mask
+
+
+def _extent(profile: np.ndarray) -> tuple[float, float]:
+    """Where a one-dimensional profile of coverage begins and ends, to a fraction of a pixel."""
+    inside = np.flatnonzero(profile >= 0.5)
+    first, last = inside[0], inside[-1]
+    before = profile[first - 1] if first > 0 else 0.0
+    after = profile[last + 1] if last + 1 < len(profile) else 0.0
+    return float(first - before), float(last + 1 + after)
+
+
+def _classify(alpha: np.ndarray) -> tuple[str | None, tuple[float, ...], float]:
+    """The shape that, redrawn in the object's box, overlaps best with ``alpha`` (h, w)."""
+    (x0, x1), (y0, y1) = _extent(alpha.max(0)), _extent(alpha.max(1))
+    box, best, match = (x0, y0, x1, y1), None, 0.0
+    for shape in SHAPES:
+        stretch = (y1 - y0) / (x1 - x0) / _outline(shape)[1]
+        if not 1 / ASPECT <= stretch <= ASPECT:
+            continue
+        drawn = coverage(shape, box, len(alpha))
+        overlap = float(np.minimum(alpha, drawn).sum() / np.maximum(alpha, drawn).sum())
+        if overlap > match:
+            best, match = shape, overlap
+    return (best if match >= MIN_MATCH else None), box, match
+
+
+def detect(images: Float[Tensor, "b 3 h w"]) -> list[list[Detected]]:
+    """Find the coloured objects on white of each picture in [0, 1], largest first.
+
+    Pictures of other sizes are first resized to 64x64.
+    """
+    images = images.detach().float().cpu()
+    if images.shape[-2:] != (SIZE, SIZE):
+        images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True)
+    found = []
+    for image in images.clamp(0, 1).permute(0, 2, 3, 1).numpy():
+        colour, amount = _unmix(image)
+        objects = []
+        for c, mask in _components(colour, amount):
+            alpha = np.where(ndimage.binary_dilation(mask, _TOUCH) & (mask | (amount < 0.5)), 1, 0)
+            alpha = (alpha * amount).astype(np.float32)
+            shape, box, match = _classify(alpha)
+            objects.append(Detected(shape, _NAMES[c], box, float(alpha.sum()), match))
+        found.append(sorted(objects, key=lambda o: -o.area))
+    return found
+
+
+def _placed(scene: Scene, objects: Sequence[Detected]) -> bool:
+    """Can the scene's items be found among the objects, at places that fulfil its relation?"""
+    slots = [item for item in scene.items for _ in range(item.count)]
+    first = scene.items[0].count
+    for chosen in itertools.permutations(objects[: MAX_OBJECTS + 2], len(slots)):
+        if all(o.fits(item) for o, item in zip(chosen, slots, strict=True)):
+            if scene.relation is None:
+                return True
+            centres = np.array([o.centre for o in chosen])
+            if related(centres[:first], centres[first:], scene.relation):
+                return True
+    return False
+
+
+def judge(scene: Scene, objects: Sequence[Detected]) -> dict[str, float]:
+    """How well a scene is fulfilled by the objects of a picture.
+
+    ``exact`` is 1 if the picture shows what was asked and nothing else, otherwise 0. The others
+    say what went wrong, in [0, 1]: ``objects`` overlap of the wanted and found shapes, ``colour``
+    the same of shapes with their colours, both over the larger of the two numbers of objects;
+    ``count`` smaller over larger number of objects; ``position`` 1 if all wanted objects are there
+    and lie as asked (always 1 where no relation was asked for).
+    """
+    slots = [item for item in scene.items for _ in range(item.count)]
+    most = max(len(slots), len(objects))
+    shapes = Counter(i.shape for i in slots) & Counter(o.shape for o in objects)
+    left, coloured = list(objects), 0
+    for item in sorted(slots, key=lambda i: i.colour is None):  # the particular ones choose first
+        taken = next((o for o in left if o.fits(item)), None)
+        if taken:
+            left.remove(taken)
+            coloured += 1
+    placed = _placed(scene, objects)
+    return {
+        "exact": float(placed and len(objects) == scene.count),
+        "objects": sum(shapes.values()) / most,
+        "count": min(len(slots), len(objects)) / most,
+        "colour": coloured / most,
+        "position": float(placed or scene.relation is None),
+    }
+
+
+@register_reward(
+    "shapes_checker",
+    modality="image",
+    differentiable=False,
+    needs_prompt=True,
+    range=(0.0, 1.0),
+    licence="Apache-2.0",
+    source="this package; categories after GenEval, arXiv:2310.11513",
+)
+class ShapesChecker:
+    """Exact judge of scenes of simple coloured shapes: 1 if the picture shows just the prompt."""
+
+    def __call__(self, samples: Samples) -> Scores:
+        """Scores with ``value`` 1.0 or 0.0, and :func:`judge`'s other numbers as ``parts``.
+
+        Raises:
+            ValueError: the samples have no prompts, or one cannot be read.
+        """
+        if samples.prompts is None:
+            raise ValueError("shapes_checker compares pictures with their prompts; there are none")
+        scenes = [parse(prompt) for prompt in samples.prompts]
+        verdicts = [judge(s, o) for s, o in zip(scenes, detect(samples.data), strict=True)]
+        columns = ("exact", "objects", "count", "colour", "position")
+        parts = {c: torch.tensor([v[c] for v in verdicts], dtype=torch.float32) for c in columns}
+        return Scores(value=parts.pop("exact"), parts=parts)

@@ -48,10 +48,10 @@ def check_reward(
                 f"but {expected[i].item():.6g} in the whole batch"
             )
 
+    before = samples.data.clone() if isinstance(samples.data, Tensor) else list(samples.data)
     # First in inference mode: what a reward remembers from it must still serve gradients below.
     with torch.inference_mode():
         in_inference_mode = score(samples).value
-    before = samples.data.clone() if isinstance(samples.data, Tensor) else list(samples.data)
     random_state = torch.get_rng_state()
     with torch.no_grad():
         value = score(samples).value
@@ -59,9 +59,7 @@ def check_reward(
         f"{who} draws from torch's global random state"
     )
     untouched = (
-        torch.equal(samples.data, before)
-        if isinstance(before, Tensor)
-        else samples.data == before
+        torch.equal(samples.data, before) if isinstance(before, Tensor) else samples.data == before
     )
     assert untouched, f"{who} changes the samples' data in place"
     low, high = info.range
@@ -110,7 +108,7 @@ def check_reward(
 
 def _with_nan(samples: Samples) -> Samples:
     data = samples.data.detach().clone()
-    data[1].view(-1)[0] = torch.nan
+    data[(1,) + (0,) * (data.ndim - 1)] = torch.nan
     return dataclasses.replace(samples, data=data)
 
 

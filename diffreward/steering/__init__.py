@@ -7,5 +7,6 @@ from diffreward.steering.feynman_kac import (
     SteeringResult,
     steer,
 )
+from diffreward.steering.hook import steered
 
-__all__ = ["POTENTIALS", "BestOfN", "FeynmanKac", "SteeringResult", "steer"]
+__all__ = ["POTENTIALS", "BestOfN", "FeynmanKac", "SteeringResult", "steer", "steered"]

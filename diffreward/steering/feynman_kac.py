@@ -92,8 +92,9 @@ class FeynmanKac:
         lmbda: tilt lambda, nats per unit of reward. The default suits rewards that spread by a few
             tenths, as ImageReward or a cosine do.
         potential: a name in `POTENTIALS`, or a function ``(n, h) -> (n,)`` of reward histories.
-        tempering: a name in `TEMPERING`, "adaptive" (lambda_i is the largest value up to lambda
-            that keeps ESS at ``target_ess * k``, per prompt), or a function of the fraction done.
+        tempering: a name in `TEMPERING`, "adaptive" (per prompt, lambda_i rises from the one before
+            as far towards lambda as keeps ESS at ``target_ess * k``; it never falls, even if ESS
+            is below that already), or a function of the fraction done.
         resampling: a scheme of `smc.RESAMPLERS`.
         ess_threshold: resample a prompt when ESS <= threshold * k; 1.0 and None resample at every
             scheduled step.
@@ -374,7 +375,9 @@ def steer(
 
     Args:
         policy: anything that fulfils `Policy`.
-        reward: what `make_reward` takes: a registered name or spec, a reward, a callable.
+        reward: what `make_reward` takes: a registered name or spec, a reward, a callable. Where it
+            is -inf for a clean prediction on the way, that lineage ends at the next resampling,
+            even if its samples could still have become admissible.
         prompts: one or more; for an unconditional model, empty strings.
         num_particles: K, particles per prompt.
         potential, lmbda, resampling, ess_threshold, schedule, tempering, target_ess: see
@@ -405,6 +408,11 @@ def steer(
     for name, value in (("max_batch", max_batch), ("decode_batch", decode_batch)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, but {value} came")
+    if gradient_clip is not None and not 0 < gradient_clip < math.inf:
+        raise ValueError(
+            f"gradient_clip must be positive and finite (None: no clipping), but {gradient_clip} "
+            "came"
+        )
 
     group = len(prompts) if max_batch is None else max(1, max_batch // num_particles)
     starts = range(0, len(prompts), group)
@@ -450,6 +458,13 @@ def _check(policy, reward, prompts, k, proposal, num_x0_samples) -> None:
         )
 
 
+def _check_law(law, proposal, num_x0_samples) -> None:
+    needs = {"shift": proposal == "gradient", "sample_x0": num_x0_samples > 1}
+    for name, option in (("shift", "proposal='gradient'"), ("sample_x0", "num_x0_samples > 1")):
+        if needs[name] and not hasattr(law, name):
+            raise ValueError(f"{option} needs a law with {name}, and {type(law).__name__} has none")
+
+
 class _Walk:
     """One group of prompts with what its two chains, steered and plain, have in common."""
 
@@ -477,6 +492,11 @@ class _Walk:
             seed=self.seed, first_prompt=self.first_prompt,
         )  # fmt: skip
         x = policy.initial(condition, generators)
+        if proposal == "gradient" and not x.is_floating_point():
+            raise ValueError(
+                f"proposal='gradient' needs continuous latents, and this policy's are {x.dtype}; "
+                "use proposal='policy'"
+            )
         for i in range(policy.num_steps):
             gradient = None
             scored = i in population.steps
@@ -484,6 +504,8 @@ class _Walk:
                 law, rewards, gradient = self.differentiate(x, i, fk.lmbda, num_x0_samples, many)
             else:
                 law = policy.step_law(x, i, condition)
+                if i == 0:
+                    _check_law(law, proposal, num_x0_samples)
                 if scored:
                     rewards = self.score_law(law, fk.lmbda, num_x0_samples, many)
             if scored:
@@ -511,10 +533,6 @@ class _Walk:
         """Reward of the clean prediction, or of ``num`` draws with lambda inside the mean."""
         if num == 1:
             return evaluate(self.reward, self.decode(law.x0)).value
-        if not hasattr(law, "sample_x0"):
-            raise ValueError(
-                f"num_x0_samples > 1 needs a law with sample_x0, and {type(law).__name__} has none"
-            )
         draws = [self.decode(law.sample_x0(generators)) for _ in range(num)]
         values = torch.stack([evaluate(self.reward, d).value for d in draws]).double()
         if lmbda == 0:
@@ -526,6 +544,7 @@ class _Walk:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             law = self.policy.step_law(x, i, self.condition)
+            _check_law(law, "gradient", num)
             rewards = self.score_law(law, lmbda, num, generators)
             if not rewards.requires_grad:
                 raise ValueError(
@@ -533,11 +552,17 @@ class _Walk:
                     "gradient; use proposal='policy', or a differentiable reward"
                 )
             (gradient,) = torch.autograd.grad(rewards.sum(), x)
-        if not hasattr(law, "shift"):
+        rewards = rewards.detach()
+        dead = (rewards == -math.inf).to(x.device).view(-1, *[1] * (x.ndim - 1))
+        gradient = gradient.masked_fill(dead, 0.0)  # no direction is better; often it is NaN
+        bad = ~gradient.isfinite().flatten(1).all(1)
+        if bad.any():
+            j = int(bad.nonzero()[0])
             raise ValueError(
-                f"proposal='gradient' needs a law with shift, and {type(law).__name__} has none"
+                f"proposal='gradient': reward {self.reward.info.name!r} gave sample {j} "
+                f"({self.condition.prompts[j]!r}) a finite value, but no finite gradient"
             )
-        return law, rewards.detach(), gradient
+        return law, rewards, gradient
 
     def scale(self, gradient: Tensor, lmbda: Float[Tensor, " P"], clip: float | None) -> Tensor:
         lmbda = lmbda.to(gradient).repeat_interleave(self.k)

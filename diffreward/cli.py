@@ -1,0 +1,305 @@
+"""The command line: ``diffreward steer | rewards | doctor``.
+
+A verb is a function from its arguments to the exit code; `VERBS` lists them. It reads its
+configuration (:mod:`diffreward.config`), calls the library, and reports
+(:mod:`diffreward.report`). Heavy imports happen inside, so that help is quick.
+
+A failure is one paragraph on stderr and an exit code: 2 if the command can be put right, 1 for
+anything else. ``--debug`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+
+from diffreward import __version__
+from diffreward.config import SteerConfig, UsageError, parse, read_prompts, to_yaml
+
+# --------------------------------------------------------------------------------------------
+# diffreward steer
+# --------------------------------------------------------------------------------------------
+
+STEER_EXAMPLES = """\
+examples:
+  diffreward steer
+  diffreward steer --prompts '[a red heart, two blue stars]' --steer.num_particles 8
+  diffreward steer --config configs/steer/sd15_clip.yaml --model.spec ./my-sd15 --seed 1
+  diffreward steer --print_config > mine.yaml
+"""
+
+
+def steer(argv: Sequence[str]) -> int:
+    """Steer a model's samples towards a reward; compare with plain samples and best-of-N."""
+    config = parse(SteerConfig, argv, "diffreward steer", STEER_EXAMPLES)
+    prompts = read_prompts(config.prompts)
+
+    from diffreward import report, steering
+    from diffreward.policies import load_policy
+    from diffreward.rewards import make_reward
+
+    with report.run_folder(config.output, "steer") as folder:
+        with refusals():  # whatever can be refused is refused before the model is loaded
+            _check_options(config)
+            guide = make_reward(config.reward)
+            judges = _judges(config, guide, prompts)
+            say(f"loading {config.model.spec}")
+            policy = load_policy(**vars(config.model))
+        started = time.monotonic()
+        result = steering.steer(policy, guide, prompts, seed=config.seed, **vars(config.steer))
+        seconds = round(time.monotonic() - started, 1)
+        found = report.SteeringReport(
+            prompts, result, guide.info.name, judges, policy.num_steps, config.steer.ess_threshold
+        )
+        environment = report.environment(policy.device, seed=config.seed, seconds=seconds)
+        found.write(folder, to_yaml(replace(config, prompts=prompts)), environment)
+    print(f"{found.summary()}\n\n{found.roots()}; {seconds:.0f} s\nsee {folder / 'grid.png'}")
+    return 0
+
+
+def _check_options(config: SteerConfig) -> None:
+    """Refuse what `steer` would refuse, before anything is loaded."""
+    from diffreward.steering import FeynmanKac
+    from diffreward.steering.feynman_kac import named
+
+    options = vars(config.steer)
+    fk = FeynmanKac(**{field.name: options[field.name] for field in fields(FeynmanKac)})
+    fk.steps(config.model.num_steps)
+    named({"policy": None, "gradient": None}, config.steer.proposal, "proposal")
+    for name in ("num_particles", "num_x0_samples", "max_batch", "decode_batch"):
+        if options[name] is not None and options[name] < 1:
+            raise ValueError(f"{name} must be at least 1, but {options[name]} came")
+
+
+def _judges(config: SteerConfig, guide, prompts: list[str]) -> dict:
+    """Label -> held-out reward and which prompts it can judge; a useless one is left out."""
+    from diffreward import report
+    from diffreward.rewards import make_reward
+
+    judges = {}
+    for spec in config.judges:
+        if spec == config.reward:
+            say(f"{guide.info.name} guides, so it is no judge and is left out of the judges")
+            continue
+        judge = make_reward(spec)
+        can, problem = report.judge_prompts(judge, prompts)
+        label = report.distinct(judge.info.name, [guide.info.name, *judges])
+        if any(can):
+            judges[label] = judge, can
+        else:
+            say(f"{label} cannot judge these prompts and is left out: {problem}")
+    return judges
+
+
+# --------------------------------------------------------------------------------------------
+# diffreward rewards
+# --------------------------------------------------------------------------------------------
+
+
+def rewards(argv: Sequence[str]) -> int:
+    """List the rewards there are, or show one with its options."""
+    parser = Arguments(prog="diffreward rewards", description=rewards.__doc__)
+    parser.add_argument("name", nargs="?", help="show this one")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    chosen = parser.parse_args(argv)
+
+    from diffreward import report
+    from diffreward.rewards import available_rewards
+    from diffreward.rewards.base import _look_up
+
+    if chosen.name is None:
+        infos = available_rewards().values()
+        if chosen.json:
+            print(json.dumps([report.plain(asdict(info)) for info in infos], indent=2))
+            return 0
+        header = ["name", "scores", "gradient", "prompt", "range", "weights", "description"]
+        print(report.table(header, [_reward_row(info) for info in infos], numbers=False))
+        print("\n'diffreward rewards NAME' shows its options and licence")
+        return 0
+
+    with refusals():
+        entry = _look_up(chosen.name)
+    options = {
+        option.name: "required" if option.default is option.empty else option.default
+        for option in inspect.signature(entry.factory).parameters.values()
+    }
+    if chosen.json:
+        print(json.dumps(report.plain({**asdict(entry.info), "options": options}), indent=2))
+        return 0
+    print(f"{entry.info.name}\n\n{inspect.getdoc(entry.factory) or entry.info.description}\n")
+    facts = {
+        "options": ", ".join(f"{name}={value!r}" for name, value in options.items()) or "none",
+        "scores": entry.info.modality or "anything",
+        "gradient": _yes(entry.info.differentiable),
+        "prompt": "needed" if entry.info.needs_prompt else "not needed",
+        "context": ", ".join(entry.info.needs_context) or "none needed",
+        "range": _range(entry.info.range),
+        "licence": entry.info.licence or "not declared",
+        "weights": entry.info.weights or "none",
+        "source": entry.info.source or "not declared",
+    }
+    print("\n".join(f"{name + ':':10} {value}" for name, value in facts.items()))
+    return 0
+
+
+def _reward_row(info) -> list[str]:
+    return [
+        info.name,
+        info.modality or "anything",
+        _yes(info.differentiable),
+        _yes(info.needs_prompt),
+        _range(info.range),
+        info.weights or "none",
+        info.description,
+    ]
+
+
+def _yes(value: bool | None) -> str:
+    return {True: "yes", False: "no", None: "?"}[value]
+
+
+def _range(range: tuple[float, float]) -> str:
+    return f"{range[0]:g} .. {range[1]:g}"
+
+
+# --------------------------------------------------------------------------------------------
+# diffreward doctor
+# --------------------------------------------------------------------------------------------
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """Check versions, devices, embedded models and caches; say what to do about what is wrong."""
+    parser = Arguments(prog="diffreward doctor", description=doctor.__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    chosen = parser.parse_args(argv)
+
+    from diffreward.doctor import examine
+
+    findings = list(examine())
+    if chosen.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"{finding.state:7} {finding.what}: {finding.found}")
+            if finding.advice:
+                print(f"{'':7} -> {finding.advice}")
+    broken = sum(finding.state == "broken" for finding in findings)
+    if not chosen.json:
+        print(f"\n{broken} broken" if broken else "\nnothing is broken")
+    return 1 if broken else 0
+
+
+# --------------------------------------------------------------------------------------------
+# All verbs
+# --------------------------------------------------------------------------------------------
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "steer": steer,
+    "rewards": rewards,
+    "doctor": doctor,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: the arguments, without the program's name; None: those of the process.
+
+    Returns:
+        The exit code: 0, 2 for a command that can be put right, 1 for any other failure.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        warnings.filterwarnings("always", category=UserWarning, module=r"diffreward\b")
+        if not debug:  # other packages' advice to their callers
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            return _run([arg for arg in argv if arg != "--debug"])
+        except SystemExit as exit:  # after --help and --print_config
+            return exit.code if isinstance(exit.code, int) else 0
+        except BrokenPipeError:  # diffreward rewards | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt:
+            say("interrupted")
+            return 130
+        except Exception as err:
+            if debug:
+                traceback.print_exc()
+            say(f"error: {_one_paragraph(err)}")
+            return 2 if isinstance(err, UsageError | FileExistsError) else 1
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"diffreward {__version__}")
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(VERBS)}"
+        raise UsageError(f"there is no verb {verb!r}; {hint}")
+    return VERBS[verb](rest)
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {name:9} {(f.__doc__ or '').strip()}" for name, f in VERBS.items())
+    return (
+        "usage: diffreward VERB [--config FILE] [--option VALUE ...]\n\n"
+        "More reward out of diffusion models.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "'diffreward VERB --help' lists a verb's options. Every verb runs without any, on models\n"
+        "that come with the package. --debug shows the traceback of a failure; --version the\n"
+        "version."
+    )
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What is refused in here, before anything is computed, can be put right by the user."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as err:
+        raise UsageError(_one_paragraph(err)) from err
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse, but an error is a `UsageError`."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message}; see '{self.prog} --help'")
+
+
+def say(message: str) -> None:
+    """A line on stderr, where it does not mix with results."""
+    print(f"diffreward: {message}", file=sys.stderr, flush=True)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    say(f"warning: {' '.join(str(message).split())}")
+
+
+def _one_paragraph(err: BaseException) -> str:
+    text = " ".join(str(err).split()) or type(err).__name__
+    if isinstance(err, KeyError | AttributeError | AssertionError):  # a defect: name it as such
+        text = f"{type(err).__name__}: {text} (--debug shows where)"
+    if "out of memory" in text.lower():
+        text += " Lower --steer.max_batch or --steer.decode_batch, or use half precision."
+    return text

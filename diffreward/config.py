@@ -1,0 +1,272 @@
+"""Configurations: YAML files and dotted overrides on the command line become dataclasses.
+
+The fields below, with their types, defaults and descriptions, *are* the options of the command
+line, of the YAML files in ``configs/`` and of a run's ``config.yaml``: jsonargparse reads them.
+Nothing else knows about YAML, and no value names code to import. This module imports no torch, so
+that ``--help`` and ``--print_config`` are quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+
+from diffreward._assets import asset_path
+
+
+class UsageError(ValueError):
+    """The user asked for something that cannot be done; the message says what to do instead."""
+
+
+# --------------------------------------------------------------------------------------------
+# diffreward steer
+# --------------------------------------------------------------------------------------------
+
+# What the embedded model draws well; the last two are emoji, the rest scenes.
+PROMPTS = (
+    "a red heart",
+    "a blue star",
+    "a green square above a yellow circle",
+    "two purple triangles",
+    "red apple",
+    "smiling face",
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model
+
+    Args:
+        spec: "embedded:emoji", a folder, or a hub id such as
+            "stable-diffusion-v1-5/stable-diffusion-v1-5".
+        num_steps: denoising steps.
+        kernel: how a step is drawn: ddim or ddpm; flow_renoise or flow_sde for flow-matching
+            models; null: the first that fits.
+        eta: noise of ddim; 1 is as much as ancestral sampling, 0 cannot be steered.
+        noise_level: noise of flow_sde.
+        guidance_scale: classifier-free guidance, with diffusers' meaning; null: the pipeline's.
+        negative_prompt: for classifier-free guidance.
+        height: of the pictures, in pixels; null: the model's own.
+        width: of the pictures, in pixels; null: the model's own.
+        dtype: of the networks; null: bfloat16 on CUDA, else float32.
+        device: cpu, cuda, cuda:1, mps, ...; null: CUDA if there is one.
+    """
+
+    spec: str = "embedded:emoji"
+    num_steps: int = 25
+    kernel: str | None = None
+    eta: float = 1.0
+    noise_level: float = 0.7
+    guidance_scale: float | None = None
+    negative_prompt: str = ""
+    height: int | None = None
+    width: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class SteeringConfig:
+    """Steering
+
+    Args:
+        num_particles: K, particles per prompt.
+        potential: difference, max, sum, running_max or none.
+        lmbda: strength of the tilt exp(lmbda * reward), nats per unit of reward.
+        resampling: systematic, stratified, multinomial, residual or ssp.
+        ess_threshold: resample a prompt when its effective sample size is at most this fraction
+            of K; 1.0 or null: at every scored step.
+        schedule: which steps are scored: every n-th, a list of steps, or of fractions of the
+            chain; null: at 20, 40, 60 and 80 %.
+        tempering: how lmbda grows along the chain: constant, linear or adaptive.
+        target_ess: of adaptive tempering, as a fraction of K.
+        proposal: policy, or gradient, which follows the gradient of a differentiable reward.
+        gradient_clip: largest norm of the gradient of lmbda * reward.
+        num_x0_samples: score this many draws of the clean sample instead of its expectation.
+        best_of_n: also draw K plain samples per prompt, for comparison at equal compute.
+        max_batch: most particles in one network call; lower it when memory runs out.
+        decode_batch: most pictures decoded at once; lower it when memory runs out.
+    """
+
+    num_particles: int = 4
+    potential: str = "difference"
+    lmbda: float = 10.0
+    resampling: str = "systematic"
+    ess_threshold: float | None = 0.5
+    schedule: int | list[int] | list[float] | None = None
+    tempering: str = "constant"
+    target_ess: float = 0.5
+    proposal: str = "policy"
+    gradient_clip: float | None = None
+    num_x0_samples: int = 1
+    best_of_n: bool = True
+    max_batch: int | None = None
+    decode_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class SteerConfig:
+    """Steer a model's samples towards a reward and compare them with plain sampling
+
+    Args:
+        model: the model.
+        reward: what guides: a name from `diffreward rewards`, or {name: ..., option: ...}.
+        judges: held-out rewards, which only report.
+        prompts: a prompt, a list of them, or a file: .txt with one per line, .jsonl with a
+            "prompt" per line; "embedded:prompts/scenes.jsonl" is one of the package's own.
+        steer: how it is steered.
+        seed: every particle's noise follows from the seed, its prompt's place and its own.
+        output: folder for the results, which must not exist; null: a new one under runs/.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reward: str | dict[str, Any] = "clip_score"
+    judges: list[str | dict[str, Any]] = field(
+        default_factory=lambda: ["clip_judge", "shapes_checker"]
+    )
+    prompts: str | list[str] = field(default_factory=lambda: list(PROMPTS))
+    steer: SteeringConfig = field(default_factory=SteeringConfig)
+    seed: int = 0
+    output: str | None = None
+
+
+# --------------------------------------------------------------------------------------------
+# Reading and writing
+# --------------------------------------------------------------------------------------------
+
+Config = TypeVar("Config")
+
+
+def parse(kind: type[Config], argv: Sequence[str], prog: str, examples: str = "") -> Config:
+    """A configuration from the arguments of a command line.
+
+    Args:
+        kind: the dataclass.
+        argv: ``--config FILE``, which may come more than once, and dotted overrides.
+        prog: the command, for its help.
+        examples: shown at the end of the help.
+
+    Raises:
+        UsageError: an unknown option (the nearest known one is named), a wrong type, or a file
+            that cannot be read.
+        SystemExit: after ``--help`` or ``--print_config``.
+    """
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--option VALUE ...]",
+        epilog=examples,
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with these options")
+    parser.add_class_arguments(kind)
+    try:
+        chosen = parser.parse_args(list(argv))
+    except ArgumentError as err:
+        known = list(parser.get_defaults().keys())
+        raise UsageError(_explain(str(err), known, prog)) from err
+    built = parser.instantiate(chosen)
+    return kind(**{option.name: built[option.name] for option in fields(kind)})
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's help, with the lines of the examples left as they are."""
+
+
+_UNKNOWN = [
+    re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'"),
+    re.compile(r"Option '(?P<key>[^']+)' is not accepted"),
+    re.compile(r"[Uu]nrecognized arguments: (?P<key>--?[^\s=]+)"),
+]
+_NOT_A_GROUP = re.compile(r"Parser key \"(?P<group>\w+)\":\s+Unable to load config '(?P<value>.*)'")
+
+
+def _explain(message: str, known: list[str], prog: str) -> str:
+    """jsonargparse's message in one paragraph; for an unknown option, with the nearest known."""
+    for pattern in _UNKNOWN:
+        if found := pattern.search(message):
+            key = found["key"].lstrip("-")
+            if "group" in found.groupdict():
+                key = f"{found['group']}.{key}"
+            near = nearest_option(key, known)
+            hint = f"did you mean {near!r}?" if near else f"'{prog} --help' lists them all"
+            return f"there is no option {key!r}; {hint}"
+    if found := re.search(r"[Uu]nrecognized arguments: (.+)", message):
+        return f"{found[1]!r} belongs to no option; options are written --name VALUE"
+    if found := _NOT_A_GROUP.search(message):
+        options = [key for key in known if key.startswith(found["group"] + ".")]
+        return (
+            f"{found['group']!r} is a group of options and cannot be {found['value']!r}; "
+            f"set one of {', '.join(options)}"
+        )
+    return re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
+
+
+def nearest_option(key: str, known: Sequence[str]) -> str | None:
+    """The known dotted option closest to ``key``, by its whole name or else by its last part."""
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+        return near[0]
+    last = {name.split(".")[-1]: name for name in known}
+    near = difflib.get_close_matches(key.split(".")[-1], last, n=1)
+    return last[near[0]] if near else None
+
+
+def to_yaml(config: Any) -> str:
+    """The configuration as YAML which ``--config`` reads back to the same."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=88)
+
+
+def read_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """The prompts themselves, from what a configuration may say instead.
+
+    Args:
+        prompts: a list (returned as it is), one prompt, or the path of a ``.txt`` or ``.jsonl``
+            file, which may start with ``embedded:``.
+
+    Raises:
+        UsageError: no prompts, a missing file, or a line without a prompt.
+    """
+    if not isinstance(prompts, str):
+        found, where = list(prompts), "the list of prompts"
+    elif not prompts.endswith((".txt", ".jsonl")):
+        found, where = [prompts], ""
+    else:
+        found, where = _read_prompt_file(prompts), prompts
+    if not found:
+        raise UsageError(f"{where} is empty; give at least one prompt")
+    return found
+
+
+def _read_prompt_file(name: str) -> list[str]:
+    try:
+        embedded = name.startswith("embedded:")
+        path = asset_path(name.removeprefix("embedded:")) if embedded else Path(name)
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        reason = getattr(err, "strerror", None) or str(err)
+        raise UsageError(f"cannot read the prompts in {name}: {reason}") from err
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if name.endswith(".txt"):
+            found.append(line.strip())
+            continue
+        try:
+            found.append(str(json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError) as err:
+            raise UsageError(
+                f'{name}, line {number}: expected an object like {{"prompt": "..."}}'
+            ) from err
+    return found

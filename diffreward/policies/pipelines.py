@@ -1,0 +1,516 @@
+"""Policies from diffusers pipelines: one small class per family.
+
+A family says how a pipeline encodes prompts, which network is called with what, and how latents
+become images, all by the pipeline's own parts. What the sampler does with the network's output is
+the kernel's business (`gaussian.py`). Nothing of the pipeline is changed: timesteps come from a
+fresh scheduler of the same configuration.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffreward._assets import asset_path
+from diffreward.policies.gaussian import DDIM, DDPM, FlowRenoise, FlowSDE, GaussianPolicy
+from diffreward.policy import Condition, Generators, randn
+from diffreward.samples import Samples
+
+VP_KERNELS = ("ddim", "ddpm")
+FLOW_KERNELS = ("flow_renoise", "flow_sde")
+
+# what an embedded model is loaded with unless the caller says otherwise
+EMBEDDED: dict[str, dict[str, Any]] = {"emoji": {"guidance_scale": 3.0}}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampler options of `load_policy`; see there."""
+
+    num_steps: int = 25
+    kernel: str | None = None
+    eta: float = 1.0
+    noise_level: float = 0.7
+
+
+def load_policy(
+    spec: Any,
+    *,
+    num_steps: int = 25,
+    kernel: str | None = None,
+    eta: float = 1.0,
+    noise_level: float = 0.7,
+    guidance_scale: float | None = None,
+    negative_prompt: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> PipelinePolicy:
+    """A policy from a diffusers pipeline.
+
+    Args:
+        spec: a pipeline object (Stable Diffusion 1.x/2.x, XL, 3/3.5, FLUX.1, unconditional
+            DDPM/DDIM), a local folder, a hub id, or "embedded:emoji".
+        num_steps: T, denoising steps.
+        kernel: "ddim" or "ddpm" for epsilon- and v-prediction models; "flow_renoise" or
+            "flow_sde" for flow-matching ones. None: ddim (ddpm for a DDPMPipeline) and
+            flow_renoise, whose last step, unlike that of flow_sde, leaves no noise in the image.
+        eta: noise of ddim; 0 is deterministic, which steering refuses.
+        noise_level: noise of flow_sde.
+        guidance_scale: as in diffusers; None: the default of the pipeline.
+        negative_prompt: for classifier-free guidance.
+        height, width: pixels; None: the model's own.
+        dtype: of the networks; None: as they are in a pipeline object, else float32, or bfloat16
+            on CUDA. Latents are float32 in any case.
+        device: None: where a pipeline object is, else CUDA if there is one.
+
+    Raises:
+        FileNotFoundError: no such folder; a hub id that is neither cached nor reachable.
+        ValueError: an unknown embedded model or kernel, a kernel of the wrong path, a pipeline
+            class that has no family here, a scheduler option that is not supported.
+    """
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, but {num_steps} came")
+    every = (*VP_KERNELS, *FLOW_KERNELS)
+    if kernel is not None and kernel not in every:
+        near = difflib.get_close_matches(kernel, every, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown kernel {kernel!r}{hint} Known: {', '.join(every)}")
+    pipe = _load(spec, dtype, device) if isinstance(spec, str | os.PathLike) else spec
+    name = type(pipe).__name__
+    if name not in FAMILIES:
+        raise ValueError(
+            f"there is no policy for {name}; there is one for {', '.join(FAMILIES)}. Any other "
+            "pipeline can be steered with diffreward.steered(pipe, ...)"
+        )
+    if spec is pipe and (dtype is not None or device is not None):
+        pipe.to(**{k: v for k, v in {"dtype": dtype, "device": device}.items() if v is not None})
+    if guidance_scale is None:
+        embedded = EMBEDDED.get(str(spec).removeprefix("embedded:"), {})
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        own = parameters["guidance_scale"].default if "guidance_scale" in parameters else 1.0
+        guidance_scale = embedded.get("guidance_scale", own)
+    sampling = Sampling(num_steps, kernel, eta, noise_level)
+    return FAMILIES[name](pipe, sampling, float(guidance_scale), negative_prompt, height, width)
+
+
+def _load(spec: str | os.PathLike, dtype, device):
+    spec = os.fspath(spec)
+    if spec.startswith("embedded:"):
+        name = spec.removeprefix("embedded:")
+        if name not in EMBEDDED:
+            near = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.3)
+            hint = f"; did you mean 'embedded:{near[0]}'?" if near else "."
+            raise ValueError(
+                f"there is no embedded model {name!r}{hint} Known: "
+                + ", ".join(f"embedded:{n}" for n in EMBEDDED)
+            )
+        folder = str(asset_path(name))
+    else:
+        folder = spec
+        is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec) is not None
+        if not Path(spec).expanduser().exists() and not is_id:
+            raise FileNotFoundError(
+                f"the model folder {spec!r} does not exist (and it is not a hub id, which reads "
+                "owner/name)"
+            )
+        folder = str(Path(spec).expanduser()) if Path(spec).expanduser().exists() else spec
+        if Path(folder).exists() and not (Path(folder) / "model_index.json").is_file():
+            raise FileNotFoundError(
+                f"{spec!r} holds no diffusers pipeline: there is no model_index.json in it"
+            )
+    from diffusers import DiffusionPipeline
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    except OSError as err:
+        if Path(folder).exists():
+            raise
+        raise FileNotFoundError(
+            f"the model {spec!r} is neither a folder here nor in the local cache, and the hub "
+            "could not be reached for it; check the id and the network (HF_HUB_OFFLINE must not "
+            "be 1), or give the path of a downloaded folder"
+        ) from err
+    # one dtype everywhere: text encoders otherwise keep that of their files
+    return pipe.to(device=device, dtype=dtype)
+
+
+class PipelinePolicy(GaussianPolicy):
+    """A `GaussianPolicy` over a diffusers pipeline; subclasses are the families.
+
+    Attributes:
+        pipe: the pipeline, unchanged.
+        guidance_scale: as in diffusers.
+        guided: whether each prediction is made with and without the prompt.
+    """
+
+    network = "unet"
+    kernels = VP_KERNELS
+
+    def __init__(
+        self, pipe, sampling: Sampling, guidance_scale=1.0, negative_prompt="", height=None,
+        width=None,
+    ) -> None:  # fmt: skip
+        self.pipe, self.guidance_scale, self.negative_prompt = pipe, guidance_scale, negative_prompt
+        self.denoiser = getattr(pipe, self.network)
+        self.height, self.width = self._size(height, width)
+        self.guided = self._is_guided()
+        name = sampling.kernel or self.kernels[0]
+        if name not in self.kernels:
+            raise ValueError(
+                f"kernel {name!r} does not fit {type(pipe).__name__}, whose kernels are "
+                f"{', '.join(self.kernels)}"
+            )
+        options = self._timestep_options(sampling)
+        self.kernel = build_kernel(pipe.scheduler, name, sampling, **options)
+
+    def _size(self, height, width) -> tuple[int, int]:
+        size, scale = self.denoiser.config.sample_size, self._scale()
+        own = (size, size) if isinstance(size, int) else size
+        return _multiples(height or own[0] * scale, width or own[1] * scale, scale)
+
+    def _scale(self) -> int:
+        return self.pipe.vae_scale_factor
+
+    def _is_guided(self) -> bool:
+        return self.guidance_scale > 1 and self.denoiser.config.get("time_cond_proj_dim") is None
+
+    def _timestep_options(self, sampling: Sampling) -> dict[str, Any]:
+        # latents are not bounded by 1: DDIM's default clipping is for pixels
+        return {"clip_sample": self.pipe.scheduler.config.get("clip_sample", False)}
+
+    def latent_shape(self, condition: Condition) -> tuple[int, ...]:
+        scale = self._scale()
+        return (self.denoiser.config.in_channels, self.height // scale, self.width // scale)
+
+    def encode(self, prompts: Sequence[str], **inputs) -> Condition:
+        if inputs:
+            raise ValueError(
+                f"{type(self.pipe).__name__} takes prompts only, but {', '.join(inputs)} came"
+            )
+        prompts = list(prompts)
+        tensors = {k: v.detach() for k, v in self._embed(prompts).items() if v is not None}
+        return Condition(prompts, tensors)
+
+    def _embed(self, prompts: list[str]) -> dict[str, Tensor | None]:
+        raise NotImplementedError
+
+    def decode(self, x0: Tensor, condition: Condition) -> Samples:
+        images = decode_vae(self.pipe.vae, x0)
+        return Samples((images / 2 + 0.5).clamp(0, 1), "image", list(condition.prompts))
+
+    def _guide(self, x: Tensor, t: Tensor, condition: Condition, names: Sequence[str], call):
+        """``call(x, t, tensors)``, with classifier-free guidance in one batch of twice the size."""
+        c = condition.tensors
+        if not self.guided:
+            return call(x, t, {name: c[name] for name in names})
+        both = {name: torch.cat([c[f"negative_{name}"], c[name]]) for name in names}
+        without, with_prompt = call(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return without + self.guidance_scale * (with_prompt - without)
+
+    def _guidance_embedding(self, x: Tensor) -> Tensor | None:
+        """The scale as an input of the network, for guidance-distilled models."""
+        dim = self.denoiser.config.get("time_cond_proj_dim")
+        if dim is None:
+            return None
+        scale = torch.full((len(x),), self.guidance_scale - 1)
+        return self.pipe.get_guidance_scale_embedding(scale, embedding_dim=dim).to(x)
+
+
+class StableDiffusionPolicy(PipelinePolicy):
+    """Stable Diffusion 1.x and 2.x."""
+
+    def _embed(self, prompts):
+        positive, negative = self.pipe.encode_prompt(
+            prompts, self.device, 1, self.guided, [self.negative_prompt] * len(prompts)
+        )
+        return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        def call(x, t, c):
+            cond = self._guidance_embedding(x)
+            return self.denoiser(
+                x, t, encoder_hidden_states=c["prompt_embeds"], timestep_cond=cond
+            ).sample
+
+        return self._guide(x, t, condition, ["prompt_embeds"], call)
+
+
+class StableDiffusionXLPolicy(PipelinePolicy):
+    """Stable Diffusion XL, at its own size and without crops."""
+
+    def _embed(self, prompts):
+        positive, negative, pooled, negative_pooled = self.pipe.encode_prompt(
+            prompts,
+            device=self.device,
+            do_classifier_free_guidance=self.guided,
+            # no negative prompt at all is zeros, where the pipeline's config says so
+            negative_prompt=[self.negative_prompt] * len(prompts) if self.negative_prompt else None,
+        )
+        size = (self.height, self.width)
+        encoder = self.pipe.text_encoder_2
+        dim = pooled.shape[-1] if encoder is None else encoder.config.projection_dim
+        ids = self.pipe._get_add_time_ids(
+            size, (0, 0), size, dtype=positive.dtype, text_encoder_projection_dim=dim
+        )
+        ids = ids.to(self.device).expand(len(prompts), -1)
+        return {
+            "prompt_embeds": positive,
+            "negative_prompt_embeds": negative,
+            "text_embeds": pooled,
+            "negative_text_embeds": negative_pooled,
+            "time_ids": ids,
+            "negative_time_ids": ids,
+        }
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        def call(x, t, c):
+            return self.denoiser(
+                x,
+                t,
+                encoder_hidden_states=c["prompt_embeds"],
+                timestep_cond=self._guidance_embedding(x),
+                added_cond_kwargs={"text_embeds": c["text_embeds"], "time_ids": c["time_ids"]},
+            ).sample
+
+        return self._guide(x, t, condition, ["prompt_embeds", "text_embeds", "time_ids"], call)
+
+
+class StableDiffusion3Policy(PipelinePolicy):
+    """Stable Diffusion 3 and 3.5."""
+
+    network = "transformer"
+    kernels = FLOW_KERNELS
+
+    def _timestep_options(self, sampling):
+        if not self.pipe.scheduler.config.get("use_dynamic_shifting"):
+            return {}
+        patch = self._scale() * self.denoiser.config.patch_size
+        tokens = (self.height // patch) * (self.width // patch)
+        return {"mu": _shift(self.pipe.scheduler, tokens, 1.16)}
+
+    def _embed(self, prompts):
+        positive, negative, pooled, negative_pooled = self.pipe.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=self.guided,
+            negative_prompt=[self.negative_prompt] * len(prompts),
+        )
+        return {
+            "prompt_embeds": positive,
+            "negative_prompt_embeds": negative,
+            "pooled": pooled,
+            "negative_pooled": negative_pooled,
+        }
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        def call(x, t, c):
+            return self.denoiser(
+                hidden_states=x,
+                timestep=t,
+                encoder_hidden_states=c["prompt_embeds"],
+                pooled_projections=c["pooled"],
+            ).sample
+
+        return self._guide(x, t, condition, ["prompt_embeds", "pooled"], call)
+
+
+class FluxPolicy(PipelinePolicy):
+    """FLUX.1: guidance is an input of the network (dev) or distilled away (schnell)."""
+
+    network = "transformer"
+    kernels = FLOW_KERNELS
+
+    def _size(self, height, width):
+        own = self.pipe.default_sample_size * self._scale()
+        return _multiples(height or own, width or own, 2 * self._scale())
+
+    def _is_guided(self):
+        return False
+
+    def _grid(self) -> tuple[int, int]:
+        """Height and width in packed latents: patches of 2 x 2."""
+        scale = 2 * self._scale()
+        return self.height // scale, self.width // scale
+
+    def _timestep_options(self, sampling):
+        n, (h, w) = sampling.num_steps, self._grid()
+        sigmas = torch.linspace(1.0, 1 / n, n).tolist()
+        return {"sigmas": sigmas, "mu": _shift(self.pipe.scheduler, h * w, 1.15)}
+
+    def _embed(self, prompts):
+        embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, device=self.device)
+        return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def latent_shape(self, condition: Condition) -> tuple[int, ...]:
+        h, w = self._grid()
+        return (h * w, self.denoiser.config.in_channels)
+
+    def initial(self, condition: Condition, generator: Generators = None) -> Tensor:
+        # drawn as a map and then packed, as the pipeline does
+        (h, w), channels = self._grid(), self.denoiser.config.in_channels // 4
+        shape = (len(condition), channels, 2 * h, 2 * w)
+        return self.pipe._pack_latents(randn(shape, generator, device=self.device), *shape)
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        embeds, (h, w) = condition.tensors["prompt_embeds"], self._grid()
+        guidance = None
+        if self.denoiser.config.guidance_embeds:
+            guidance = torch.full((len(x),), self.guidance_scale, device=x.device)
+        return self.denoiser(
+            hidden_states=x,
+            timestep=t.to(x.dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=condition.tensors["pooled"],
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device, dtype=x.dtype),
+            img_ids=self.pipe._prepare_latent_image_ids(len(x), h, w, x.device, x.dtype),
+        ).sample
+
+    def decode(self, x0: Tensor, condition: Condition) -> Samples:
+        x0 = self.pipe._unpack_latents(x0, self.height, self.width, self._scale())
+        return super().decode(x0, condition)
+
+
+class UnconditionalPolicy(PipelinePolicy):
+    """Unconditional pixel models (UNet2D); prompts are empty strings."""
+
+    def _scale(self):
+        return 1
+
+    def _timestep_options(self, sampling):
+        return {}
+
+    def _embed(self, prompts):
+        return {}
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.denoiser(x, t).sample
+
+    def decode(self, x0: Tensor, condition: Condition) -> Samples:
+        images = (x0.float() / 2 + 0.5).clamp(0, 1)
+        return Samples(images, "image", list(condition.prompts))
+
+
+class AncestralPolicy(UnconditionalPolicy):
+    """The same with the ancestral kernel as its default."""
+
+    kernels = VP_KERNELS[::-1]
+
+
+FAMILIES: dict[str, type[PipelinePolicy]] = {
+    "StableDiffusionPipeline": StableDiffusionPolicy,
+    "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
+    "StableDiffusion3Pipeline": StableDiffusion3Policy,
+    "FluxPipeline": FluxPolicy,
+    "DDPMPipeline": AncestralPolicy,
+    "DDIMPipeline": UnconditionalPolicy,
+}
+"""Class name of a diffusers pipeline -> its policy."""
+
+
+def build_kernel(scheduler: Any, name: str, sampling: Sampling, **options):
+    """The kernel ``name`` on the timesteps of a fresh scheduler of the same configuration.
+
+    Args:
+        scheduler: the pipeline's; only its configuration is read.
+        name: see `load_policy`.
+        sampling: number of steps and noise.
+        **options: ``clip_sample``; or ``sigmas`` and ``mu`` of a flow-matching schedule.
+
+    Raises:
+        ValueError: dynamic thresholding, a learned variance, an unknown prediction type.
+    """
+    import diffusers
+
+    config, steps = scheduler.config, sampling.num_steps
+    if name in FLOW_KERNELS:
+        grid = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+        sigmas = options.pop("sigmas", None)
+        grid.set_timesteps(None if sigmas else steps, sigmas=sigmas, **options)
+        common = (grid.timesteps, grid.sigmas, grid.config.num_train_timesteps)
+        if name == "flow_renoise":
+            return FlowRenoise(*common)
+        return FlowSDE(*common, noise_level=sampling.noise_level)
+
+    if config.get("thresholding"):
+        raise ValueError("the scheduler's dynamic thresholding has no Gaussian law; switch it off")
+    cls = diffusers.DDIMScheduler if name == "ddim" else diffusers.DDPMScheduler
+    grid = cls.from_config(config, **options)
+    grid.set_timesteps(steps)
+    t, table = grid.timesteps, grid.alphas_cumprod
+    if name == "ddim":
+        # diffusers steps by a fixed stride, whatever the rounding of its timesteps
+        t_next, end = t - grid.config.num_train_timesteps // steps, grid.final_alpha_cumprod
+    else:
+        t_next, end = torch.cat([t[1:], t.new_tensor([-1])]), torch.ones(())
+    after = torch.where(t_next >= 0, table[t_next.clamp(min=0)], end)
+    clip = grid.config.clip_sample_range if grid.config.clip_sample else None
+    common = (t, table[t], after, table, grid.config.prediction_type, clip)
+    if name == "ddim":
+        return DDIM(*common, eta=sampling.eta)
+    return DDPM(*common, variance=grid.config.variance_type)
+
+
+def decode_vae(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents by a VAE's own scaling; float32 in [-1, 1] or a little beyond.
+
+    Raises:
+        ValueError: the VAE's configuration does not say how its latents are scaled.
+    """
+    config = vae.config
+    mean, std = (config.get(f"latents_{name}") for name in ("mean", "std"))
+    if latents.ndim < 4 or ("scaling_factor" not in config and mean is None):
+        raise ValueError(
+            f"cannot tell how {type(vae).__name__} scales latents of shape {tuple(latents.shape)}"
+        )
+    scaled = latents / config.get("scaling_factor", 1.0)
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(v).view(-1, *[1] * (latents.ndim - 2)) for v in (mean, std))
+        scaled = scaled * std.to(scaled) + mean.to(scaled)
+    scaled = scaled + (config.get("shift_factor") or 0.0)
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and config.get("force_upcast", False)  # it overflows
+    if upcast:
+        vae.to(dtype=torch.float32)
+    try:
+        return vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
+    finally:
+        if upcast:
+            vae.to(dtype=dtype)
+
+
+def _multiples(height: int, width: int, of: int) -> tuple[int, int]:
+    if height % of or width % of:
+        raise ValueError(f"height and width must be multiples of {of}, but {height}x{width} came")
+    return height, width
+
+
+def _shift(scheduler: Any, num_tokens: int, max_shift: float) -> float:
+    """The resolution-dependent timestep shift, by diffusers' own interpolation."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    config = scheduler.config
+    return calculate_shift(
+        num_tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", max_shift),
+    )

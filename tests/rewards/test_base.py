@@ -1,0 +1,434 @@
+"""The contract: what evaluate refuses, what the registry finds, what check_reward catches."""
+
+import functools
+import math
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from diffreward.rewards import (
+    Reward,
+    RewardInfo,
+    Scores,
+    as_reward,
+    available_rewards,
+    base,
+    evaluate,
+    make_reward,
+    register_reward,
+)
+from diffreward.rewards.testing import check_reward
+from diffreward.samples import Samples
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Registrations of one test do not reach the next."""
+    monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))
+
+
+@pytest.fixture
+def images():
+    data = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Samples(data, "image", ["a cat", "a dog", "a red heart", "a blue ring"])
+
+
+def brightness(samples):
+    return samples.data.mean(dim=(1, 2, 3))
+
+
+# --------------------------------------------------------------------------------------------
+# Scores
+# --------------------------------------------------------------------------------------------
+
+
+def test_scores_take_and_cat_keep_std_and_parts_with_their_samples():
+    scores = Scores(torch.arange(4.0), torch.arange(4.0) / 10, {"sharp": -torch.arange(4.0)})
+    taken = scores.take([3, 0, 0])
+    assert taken.value.tolist() == [3, 0, 0]
+    torch.testing.assert_close(taken.std, torch.tensor([0.3, 0, 0]))
+    assert taken.parts["sharp"].tolist() == [-3, 0, 0]
+    both = Scores.cat([taken, scores])
+    assert len(both) == 7
+    assert both.value.tolist() == [3, 0, 0, 0, 1, 2, 3]
+    assert both.parts["sharp"].tolist() == [-3, 0, 0, 0, -1, -2, -3]
+    assert torch.equal(both.std[3:], scores.std)
+
+
+def test_scores_cat_refuses_what_would_lose_a_std_or_a_part():
+    plain = Scores(torch.zeros(2))
+    for other in (
+        Scores(torch.zeros(2), torch.ones(2)),
+        Scores(torch.zeros(2), None, {"a": plain.value}),
+    ):
+        for pair in ([plain, other], [other, plain]):
+            with pytest.raises(ValueError, match="std or a part"):
+                Scores.cat(pair)
+    with pytest.raises(ValueError, match="at least one"):
+        Scores.cat([])
+
+
+# --------------------------------------------------------------------------------------------
+# evaluate
+# --------------------------------------------------------------------------------------------
+
+
+def test_evaluate_gives_float32_on_the_samples_device_with_gradient(images):
+    data = images.data.double().requires_grad_()
+    scores = evaluate(brightness, Samples(data, "image"))
+    assert scores.value.dtype == torch.float32
+    assert scores.value.shape == (4,)
+    (gradient,) = torch.autograd.grad(scores.value.sum(), data)
+    torch.testing.assert_close(gradient, torch.full_like(data, 1 / 192))
+
+
+def test_evaluate_keeps_std_parts_and_minus_infinity(images):
+    def reward(samples):
+        value = torch.tensor([0.0, -math.inf, 1.0, 2.0], dtype=torch.float64)
+        return Scores(value, torch.ones(4, dtype=torch.float64), {"ok": torch.arange(4) > 1})
+
+    scores = evaluate(reward, images)
+    assert scores.value.tolist() == [0, -math.inf, 1, 2]
+    assert scores.std.dtype == scores.parts["ok"].dtype == torch.float32
+    assert scores.parts["ok"].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "says"),
+    [
+        (torch.zeros(4, 1), ValueError, r"\(4, 1\), expected \(4,\) for 4 samples; flatten"),
+        (torch.zeros(()), ValueError, r"\(\), expected \(4,\) .* never a mean over the batch"),
+        (torch.zeros(3), ValueError, r"\(3,\), expected \(4,\)"),
+        (torch.zeros(4, dtype=torch.long), TypeError, r"torch\.int64.*\.float\(\)"),
+        (torch.zeros(4, dtype=torch.bool), TypeError, r"torch\.bool"),
+        ([0.0] * 4, TypeError, "list as value, expected a tensor"),
+        (None, TypeError, "NoneType as value"),
+        (0.5, TypeError, "float as value"),
+    ],
+)
+def test_evaluate_names_the_reward_that_returns_the_wrong_thing(images, returned, error, says):
+    def my_reward(samples):
+        return returned
+
+    with pytest.raises(error, match=f"reward 'my_reward' returned .*{says}"):
+        evaluate(my_reward, images)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_evaluate_names_the_sample_with_a_bad_value(images, bad):
+    def my_reward(samples):
+        return torch.tensor([0.0, 1.0, bad, bad])
+
+    with pytest.raises(ValueError, match=rf"'my_reward' gave {bad} to sample 2 \('a red heart'\)"):
+        evaluate(my_reward, images)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_evaluate_refuses_a_std_that_is_none(images, bad):
+    def my_reward(samples):
+        return Scores(torch.zeros(4), torch.tensor([0.0, bad, 0.0, 0.0]))
+
+    with pytest.raises(ValueError, match=r"gave std .* to sample 1 \('a dog'\)"):
+        evaluate(my_reward, images)
+
+
+def test_evaluate_checks_the_samples_before_the_reward_is_called(images):
+    def never(samples):
+        raise AssertionError("called")
+
+    info = RewardInfo("mine", modality="image", needs_prompt=True, needs_context=("depth",))
+    reward = as_reward(never, info)
+    with pytest.raises(ValueError, match="'mine' scores image samples, but dna samples came"):
+        evaluate(reward, Samples(torch.zeros(2, 5, dtype=torch.long), "dna", ["a", "b"]))
+    with pytest.raises(ValueError, match="'mine' compares samples with their prompts"):
+        evaluate(reward, Samples(images.data, "image"))
+    with pytest.raises(
+        ValueError, match=r"'mine' needs depth in Samples.context; there is nothing"
+    ):
+        evaluate(reward, images)
+    broken = images.data.clone()
+    broken[2, 1, 3, 3] = math.nan
+    with pytest.raises(ValueError, match=r"sample 2 \('a red heart'\) has NaN"):
+        evaluate(never, Samples(broken, "image", images.prompts))
+    with pytest.raises(ValueError, match="no samples"):
+        evaluate(never, Samples(torch.zeros(0, 3, 8, 8), "image"))
+
+
+def test_evaluate_scores_text_and_tokens():
+    text = Samples(["a", "bcd"], "text")
+    length = evaluate(lambda s: torch.tensor([float(len(t)) for t in s.data]), text)
+    assert length.value.tolist() == [1, 3]
+    tokens = Samples(torch.tensor([[0, 1], [1, 1]]), "dna")
+    assert evaluate(lambda s: s.data.float().mean(1), tokens).value.tolist() == [0.5, 1]
+
+
+def test_shapes_are_enforced_in_tests():
+    with pytest.raises(Exception, match="Float"):
+        Scores(torch.zeros(2, 1))
+
+
+# --------------------------------------------------------------------------------------------
+# Any callable is a reward
+# --------------------------------------------------------------------------------------------
+
+
+def test_a_callable_becomes_a_reward_named_after_it(images):
+    reward = make_reward(brightness)
+    assert isinstance(reward, Reward)
+    assert reward.info == RewardInfo(name="brightness")
+    torch.testing.assert_close(reward(images).value, images.data.mean(dim=(1, 2, 3)))
+    assert make_reward(reward) is reward
+    assert as_reward(functools.partial(brightness)).info.name == "brightness"
+
+    class Mine:
+        def __call__(self, samples):
+            return brightness(samples)
+
+    assert as_reward(Mine()).info.name == "Mine"
+
+
+def test_an_object_with_info_is_a_reward_without_any_base_class():
+    class Mine:
+        info = RewardInfo("mine", modality="image")
+
+        def __call__(self, samples):
+            return Scores(brightness(samples))
+
+    mine = Mine()
+    assert make_reward(mine) is mine
+
+
+def test_a_spec_is_no_reward_before_it_is_built(images):
+    for spec in ("colorfulness", {"name": "colorfulness"}):
+        with pytest.raises(TypeError, match=r"a reward is a callable .*; make_reward builds one"):
+            as_reward(spec)
+        with pytest.raises(TypeError, match="make_reward builds one"):
+            evaluate(spec, images)
+
+
+# --------------------------------------------------------------------------------------------
+# The registry
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("name", ["My Reward", "my_reward", "MY-REWARD", "MyReward"])
+def test_register_and_look_up_normalise_alike(images, name):
+    @register_reward("My-reward", modality="image", differentiable=True, range=(0, 1))
+    def factory(power: float = 1.0):
+        """Mean pixel to a power.
+
+        More words.
+        """
+        return lambda samples: brightness(samples) ** power
+
+    reward = make_reward({"name": name, "power": 2.0})
+    torch.testing.assert_close(reward(images).value, brightness(images) ** 2)
+    assert reward.info.name == "My-reward"
+    assert reward.info.description == "Mean pixel to a power."
+    assert reward.info is available_rewards()["My-reward"]
+    assert not reward.info.needs_download
+    torch.testing.assert_close(
+        make_reward(name, power=3).__call__(images).value, brightness(images) ** 3
+    )
+    with pytest.raises(ValueError, match=r"'My-reward' is already registered by .*factory"):
+        register_reward(name)(factory)
+    register_reward(name, overwrite=True)(factory)
+    assert name in available_rewards()
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_class_can_be_registered_and_may_bring_its_own_info(images):
+    @register_reward("first", modality="image", weights="someone/hub-id")
+    class First:
+        def __call__(self, samples):
+            return Scores(brightness(samples))
+
+    assert isinstance(make_reward("first"), First)
+    assert make_reward("first").info == available_rewards()["first"]
+    assert First.info.needs_download
+
+    @register_reward("second")
+    class Second:
+        def __init__(self, modality: str):
+            self.info = RewardInfo("second", modality=modality)
+
+        def __call__(self, samples):
+            return Scores(brightness(samples))
+
+    assert make_reward({"name": "second", "modality": "image"}).info.modality == "image"
+    assert available_rewards()["second"].modality is None
+
+
+@pytest.mark.usefixtures("registry")
+def test_specs_that_are_wrong_say_what_is_right():
+    @register_reward("blur", modality="image")
+    def blur(radius, steps: int = 1):
+        raise AssertionError("built")
+
+    with pytest.raises(ValueError, match="no reward 'colourfulnes'; did you mean: colorfulness"):
+        make_reward("colourfulnes")
+    with pytest.raises(ValueError, match=r"no reward 'qqqq'; there are: .*colorfulness"):
+        make_reward("qqqq")
+    with pytest.raises(
+        ValueError, match=r"no option 'radus' \(did you mean 'radius'\?\); it takes radius, steps"
+    ):
+        make_reward({"name": "blur", "radus": 1})
+    with pytest.raises(ValueError, match="no option 'zzz'; it takes none"):
+        make_reward("colorfulness", zzz=1)
+    with pytest.raises(ValueError, match="needs the option radius"):
+        make_reward("blur")
+    with pytest.raises(ValueError, match="needs a 'name'"):
+        make_reward({"nam": "blur"})
+    with pytest.raises(ValueError, match="already built"):
+        make_reward(brightness, power=2)
+
+
+@pytest.mark.usefixtures("registry")
+def test_registering_a_reward_instead_of_a_factory_is_refused():
+    with pytest.raises(ValueError, match="takes samples, so it is a reward, not a factory"):
+        register_reward("brightness")(brightness)
+    with pytest.raises(TypeError, match="modalty"):
+        register_reward("x", modalty="image")(lambda: brightness)
+    with pytest.raises(ValueError, match="no name"):
+        register_reward("- _")
+
+
+@pytest.mark.usefixtures("registry")
+def test_plugins_load_once_at_the_first_look_up_that_needs_them(monkeypatch, images):
+    loads = []
+
+    def load_good():
+        loads.append("good")
+        register_reward("from_plugin")(lambda: brightness)
+
+    def load_broken():
+        raise ImportError("no module named 'missing_thing'")
+
+    points = [
+        types.SimpleNamespace(name="broken", value="broken_pkg.rewards", load=load_broken),
+        types.SimpleNamespace(name="good", value="good_pkg.rewards", load=load_good),
+    ]
+
+    def entry_points(group):
+        assert group == "diffreward.rewards"
+        return points
+
+    monkeypatch.setattr(base.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(base, "_plugins_loaded", False)
+    make_reward("colorfulness")
+    assert not loads
+    with pytest.warns(RuntimeWarning, match=r"'broken' \(broken_pkg.rewards\).*missing_thing"):
+        reward = make_reward("From Plugin")
+    torch.testing.assert_close(reward(images).value, brightness(images))
+    assert "from_plugin" in available_rewards()
+    assert loads == ["good"]
+
+
+def test_a_real_entry_point_is_found(tmp_path):
+    """An installed distribution, as pip leaves it, in a fresh interpreter."""
+    (tmp_path / "their_rewards.py").write_text(
+        "from diffreward.rewards import register_reward\n"
+        "@register_reward('theirs', modality='image')\n"
+        "def theirs():\n"
+        "    'Theirs.'\n"
+        "    return lambda samples: samples.data.mean(dim=(1, 2, 3))\n"
+    )
+    dist = tmp_path / "their_rewards-1.0.dist-info"
+    dist.mkdir()
+    (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: their-rewards\nVersion: 1.0\n")
+    (dist / "entry_points.txt").write_text("[diffreward.rewards]\ntheirs = their_rewards\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from diffreward.rewards import make_reward\n"
+        "heavy = {'open_clip', 'transformers', 'diffusers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(make_reward('theirs').info.description)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Theirs.\n"
+
+
+# --------------------------------------------------------------------------------------------
+# The conformance suite catches what it is there to catch
+# --------------------------------------------------------------------------------------------
+
+INFO = RewardInfo("mine", modality="image", differentiable=True, range=(0, 1))
+
+
+def test_check_reward_passes_a_good_reward(images):
+    check_reward(as_reward(brightness, INFO), images)
+    words = Samples(["a", "bc"], "text")
+    check_reward(as_reward(lambda s: torch.tensor([len(t) / 10 for t in s.data])), words)
+
+
+def _noisy(samples):
+    return brightness(samples) + torch.rand(len(samples)) * 1e-9
+
+
+def _stateful():
+    calls = iter(range(100))
+    return lambda samples: brightness(samples) * 0 + next(calls) / 100
+
+
+def _by_the_batch(samples):
+    return brightness(samples) / brightness(samples).max()
+
+
+def _by_the_place(samples):
+    # the same score for a sample alone or first, so that splitting does not show it
+    value = brightness(samples)
+    return torch.cat([value[:1], value[1:].sort().values]) if len(value) > 3 else value
+
+
+def _in_place(samples):
+    if not samples.data.requires_grad:
+        samples.data.clamp_(0.2, 0.8)
+    return samples.data.mean(dim=(1, 2, 3))
+
+
+def _remembers_inference_tensors():
+    weight = []
+
+    def reward(samples):
+        if not weight:
+            weight.append(torch.ones(3, 8, 8))
+        return (samples.data * weight[0]).mean(dim=(1, 2, 3))
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("reward", "info", "says"),
+    [
+        (brightness, {"range": (2, 3)}, "declares the range"),
+        (lambda s: brightness(s).detach(), {}, "its value has no gradient"),
+        (lambda s: brightness(s) * 0 + 0.5, {}, "zero everywhere"),
+        (lambda s: (brightness(s) * 0).sqrt() + 0.5, {}, "not finite"),
+        (_noisy, {}, "random state"),
+        (_stateful(), {}, "in inference mode|when asked again"),
+        (_by_the_batch, {}, "by itself"),
+        (_by_the_place, {}, "by itself|reversed"),
+        (_in_place, {}, "in place"),
+        (lambda s: brightness(s) + (s.prompts is not None) * 0.1, {}, "without prompts"),
+        (lambda s: torch.zeros(len(s), 1), {}, "cannot score valid samples"),
+        (brightness, {"modality": None, "differentiable": False}, None),
+    ],
+)
+def test_check_reward_catches(images, reward, info, says):
+    fields = {"name": "mine", "modality": "image", "differentiable": True, "range": (0, 1), **info}
+    candidate = as_reward(reward, RewardInfo(**fields))
+    if says is None:
+        check_reward(candidate, images)
+        return
+    with pytest.raises(AssertionError, match=says):
+        check_reward(candidate, images)
+
+
+def test_check_reward_catches_what_is_remembered_from_inference_mode(images):
+    with pytest.raises((AssertionError, RuntimeError), match=r"[Ii]nference"):
+        check_reward(as_reward(_remembers_inference_tensors(), INFO), images)
