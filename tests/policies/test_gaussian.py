@@ -1,0 +1,273 @@
+"""Gaussian kernels against diffusers' schedulers, torch's distributions and closed forms."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from diffreward.policies.gaussian import (
+    DDIM,
+    DDPM,
+    PREDICTIONS,
+    FlowRenoise,
+    FlowSDE,
+    GaussianLaw,
+    GaussianPolicy,
+    to_x0_eps,
+    training_target,
+)
+from diffreward.policies.pipelines import Sampling, build_kernel
+from diffreward.policy import Condition, randn, sample_generators
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+SHAPE = (2, 4, 8, 8)
+
+
+def kernel_of(scheduler, name, steps, **options):
+    return build_kernel(scheduler, name, Sampling(num_steps=steps, **options))
+
+
+def assert_every_step_matches(kernel, scheduler, steps, **step_options):
+    """The whole chain, each step's draw from the same noise; the first and the last included."""
+    scheduler.set_timesteps(steps)
+    assert kernel.num_steps == len(scheduler.timesteps)
+    torch.testing.assert_close(kernel.timesteps, scheduler.timesteps)
+    x, draw = torch.randn(SHAPE), torch.Generator()
+    for i, t in enumerate(scheduler.timesteps):
+        output = torch.randn(SHAPE)
+        law = kernel.law(i, x, output)
+        theirs = scheduler.step(output, t, x, generator=draw.manual_seed(i), **step_options)
+        ours = law.sample(draw.manual_seed(i))
+        torch.testing.assert_close(ours, theirs.prev_sample, **CLOSE)
+        if hasattr(theirs, "pred_original_sample"):
+            torch.testing.assert_close(law.x0, theirs.pred_original_sample, **CLOSE)
+        x = ours
+    return law
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("to_one", [True, False])
+def test_ddim_is_diffusers_step(prediction, eta, to_one):
+    scheduler = DDIMScheduler(
+        prediction_type=prediction, set_alpha_to_one=to_one, clip_sample=False, steps_offset=1
+    )
+    kernel = kernel_of(scheduler, "ddim", 6, eta=eta)
+    last = assert_every_step_matches(kernel, scheduler, 6, eta=eta)
+    assert last.deterministic == (eta == 0 or to_one)
+    assert kernel.stochastic == (eta > 0)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_ddim_spacing_and_clipping(spacing, clip):
+    scheduler = DDIMScheduler(
+        timestep_spacing=spacing, clip_sample=clip, clip_sample_range=0.7, steps_offset=1
+    )
+    kernel = kernel_of(scheduler, "ddim", 7, eta=0.8)
+    assert kernel.clip == (0.7 if clip else None)
+    assert_every_step_matches(kernel, scheduler, 7, eta=0.8)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])
+def test_ddpm_is_diffusers_step(prediction, variance):
+    scheduler = DDPMScheduler(prediction_type=prediction, variance_type=variance, clip_sample=False)
+    last = assert_every_step_matches(kernel_of(scheduler, "ddpm", 6), scheduler, 6)
+    assert last.deterministic
+
+
+def test_ddpm_refuses_learned_variances():
+    with pytest.raises(ValueError, match="'learned_range' is not supported"):
+        kernel_of(DDPMScheduler(variance_type="learned_range"), "ddpm", 4)
+
+
+def test_ddim_at_eta_one_is_ddpm():
+    """On one grid, without rounding, the two are the same chain."""
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    ddim = kernel_of(scheduler, "ddim", 5)
+    ddpm = kernel_of(DDPMScheduler.from_config(scheduler.config), "ddpm", 5)
+    for i in range(5):
+        x, output = torch.randn(2, *SHAPE)
+        a, b = ddim.law(i, x, output), ddpm.law(i, x, output)
+        torch.testing.assert_close(a.mean, b.mean, **CLOSE)
+        torch.testing.assert_close(a.std, b.std, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_renoise_is_diffusers_stochastic_sampling(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=shift)
+    kernel = kernel_of(scheduler, "flow_renoise", 5)
+    last = assert_every_step_matches(kernel, scheduler, 5)
+    assert last.deterministic
+
+
+def test_flow_sde_by_hand():
+    """sigma 0.5 -> 0.3, noise level 0.7, x = 1, v = 2."""
+    kernel = FlowSDE(torch.tensor([500.0]), torch.tensor([0.5, 0.3]), noise_level=0.7)
+    law = kernel.law(0, torch.ones(1, 1), torch.full((1, 1), 2.0))
+    g2, dt = 0.49 * 0.5 / 0.5, -0.2
+    mean = 1 + (2 + g2 / (2 * 0.5) * (1 + 0.5 * 2)) * dt
+    torch.testing.assert_close(law.mean.item(), mean)
+    torch.testing.assert_close(law.std.item(), math.sqrt(g2 * 0.2))
+    torch.testing.assert_close(law.x0.item(), 1 - 0.5 * 2)
+
+
+def test_flow_sde_keeps_the_marginals():
+    """Data N(0, 1): the velocity is linear in x, so the chain's variance follows by recursion.
+
+    The variance at sigma must stay (1 - sigma)^2 + sigma^2, up to the discretisation, which halves
+    with the step.
+    """
+
+    def worst(steps: int) -> float:
+        sigmas = torch.linspace(0.98, 0.02, steps, dtype=torch.float64)
+        kernel = FlowSDE(sigmas[:-1] * 1000, sigmas, noise_level=0.7)
+        variance, errors = (1 - sigmas[0]) ** 2 + sigmas[0] ** 2, []
+        for i, s in enumerate(sigmas[:-1]):
+            # E[eps - x0 | x] for x = (1 - s) x0 + s eps
+            v = (s - (1 - s)) / ((1 - s) ** 2 + s**2)
+            x = torch.ones(1, 1, dtype=torch.float64)
+            law = kernel.law(i, x, v * x)
+            variance = law.mean.item() ** 2 * variance + law.std.item() ** 2
+            end = sigmas[i + 1]
+            errors.append(abs(variance - ((1 - end) ** 2 + end**2)).item())
+        return max(errors)
+
+    assert worst(2000) < 2e-3
+    assert worst(4000) < 0.6 * worst(2000)
+
+
+def test_predictions_are_inverses():
+    x0, eps = torch.randn(2, *SHAPE, dtype=torch.float64)
+    for prediction in PREDICTIONS:
+        a, s = (0.3, 0.7) if prediction == "flow" else (0.6, 0.8)
+        output = training_target(prediction, x0, eps, a, s)
+        back = to_x0_eps(prediction, a * x0 + s * eps, output, a, s)
+        torch.testing.assert_close(back, (x0, eps))
+    with pytest.raises(ValueError, match="must be one of"):
+        to_x0_eps("noise", x0, eps, 0.6, 0.8)
+
+
+def law(mean, std, dtype=torch.float32):
+    mean = torch.as_tensor(mean, dtype=dtype)
+    std = torch.as_tensor(std, dtype=dtype).reshape(-1, *[1] * (mean.ndim - 1))
+    return GaussianLaw(torch.zeros_like(mean), mean, std, torch.zeros_like(std))
+
+
+def test_log_prob_and_kl_are_torchs():
+    m, n, x = torch.randn(3, 3, 2, 5, dtype=torch.float64)
+    p, q = law(m, [0.5, 1.0, 2.0], torch.float64), law(n, [0.7, 1.5, 0.4], torch.float64)
+    P, Q = (torch.distributions.Normal(v.mean, v.std) for v in (p, q))
+    torch.testing.assert_close(p.log_prob(x), P.log_prob(x).sum((1, 2)))
+    kl = torch.distributions.kl_divergence(P, Q).sum((1, 2))
+    torch.testing.assert_close(p.kl(q), kl)
+    torch.testing.assert_close(p.take([2, 0]).log_prob(x[[2, 0]]), p.log_prob(x)[[2, 0]])
+
+
+def test_log_prob_is_float32_for_half_precision_networks():
+    half = law(torch.randn(2, 3), [1.0, 1.0]).mean.to(torch.bfloat16)
+    p = law(half, [1.0, 1.0], torch.bfloat16)
+    assert p.log_prob(half).dtype == torch.float32
+
+
+def test_deterministic_steps_have_no_density():
+    p = law(torch.randn(2, 3), [0.0, 0.0])
+    assert p.deterministic and torch.equal(p.sample(), p.mean)
+    assert torch.equal(p.log_prob(torch.randn(2, 3)), torch.zeros(2))
+    assert torch.equal(p.kl(law(torch.randn(2, 3), [0.0, 0.0])), torch.zeros(2))
+    mean = torch.randn(2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(law(mean, [0.0, 1.0]).log_prob(torch.zeros(2, 3)).sum(), mean)
+    assert gradient.isfinite().all() and (gradient[0] == 0).all() and (gradient[1] != 0).all()
+
+
+def test_shift_tilts_a_gaussian_exactly():
+    """N(m, s^2) exp(g x) is N(m + s^2 g, s^2): log-ratios differ from g x by a constant."""
+    p, g, x = law(torch.randn(1, 4), [0.6]), torch.randn(1, 4), torch.randn(50, 4)
+    ratio = torch.stack([p.shift(g).log_prob(v[None]) - p.log_prob(v[None]) for v in x])[:, 0]
+    gap = ratio - (x * g).sum(1)
+    torch.testing.assert_close(gap, gap[:1].expand(50), rtol=1e-4, atol=1e-4)
+
+
+def test_sample_has_no_gradient_and_rsample_has():
+    mean = torch.zeros(2, 3, requires_grad=True)
+    p = law(mean, [1.0, 2.0])
+    p = GaussianLaw(p.x0, mean, p.std, p.x0_std)
+    assert not p.sample().requires_grad
+    p.rsample().sum().backward()
+    assert torch.equal(mean.grad, torch.ones(2, 3))
+
+
+def test_moments_of_the_draws():
+    p = law(torch.full((20_000, 1), 3.0), torch.full((20_000,), 0.5))
+    x = p.sample(torch.Generator().manual_seed(0))
+    assert abs(x.mean() - 3) < 4 * 0.5 / math.sqrt(20_000)
+    assert abs(x.std() - 0.5) < 0.01
+
+
+def test_a_samples_noise_does_not_depend_on_its_neighbours():
+    p = law(torch.zeros(3, 2, 2), [1.0, 1.0, 1.0])
+    together = p.sample(sample_generators(0, 3, 1))
+    alone = p.take([1]).sample(sample_generators(0, 3, 1)[1:2])
+    assert torch.equal(together[1:2], alone)
+
+
+class Zero(GaussianPolicy):
+    """A network that outputs nothing."""
+
+    def __init__(self, kernel):
+        self.kernel, self.denoiser = kernel, torch.nn.Linear(1, 1)
+
+    def latent_shape(self, condition):
+        return (3, 4)
+
+    def predict(self, x, t, condition):
+        return torch.zeros_like(x)
+
+
+def test_denoising_loss_of_a_zero_network_is_the_mean_squared_target():
+    """flow: the target is eps - x0, so the loss of x0 = 2 is mean((eps - 2)^2), eps known."""
+    sigmas = torch.tensor([1.0, 0.5, 0.0])
+    policy = Zero(FlowRenoise(sigmas[:2] * 1000, sigmas))
+    generators = sample_generators(3, 2, 1)
+    loss = policy.denoising_loss(torch.full((2, 3, 4), 2.0), Condition(["", ""]), generators)
+    generators = sample_generators(3, 2, 1)
+    randn((2, 1), generators)  # the times
+    eps = randn((2, 3, 4), generators)
+    torch.testing.assert_close(loss, ((eps - 2) ** 2).mean((1, 2)))
+
+
+def test_training_times_cover_the_schedule_uniformly():
+    times = []
+
+    class Watching(Zero):
+        def predict(self, x, t, condition):
+            times.append(t)
+            return x
+
+    kernel = kernel_of(DDIMScheduler(clip_sample=False), "ddim", 4)
+    policy = Watching(kernel)
+    policy.denoising_loss(torch.zeros(8000, 3, 4), Condition([""] * 8000), torch.Generator())
+    t = times[0]
+    assert t.min() >= 0 and t.max() <= 999
+    counts = torch.histc(t.float(), 10, 0, 1000)
+    assert (counts - 800).abs().max() < 5 * math.sqrt(800 * 0.9)
+
+
+def test_steps_outside_the_chain_are_refused():
+    sigmas = torch.tensor([1.0, 0.5, 0.0])
+    policy = Zero(FlowRenoise(sigmas[:2] * 1000, sigmas))
+    for i in (-1, 2):
+        with pytest.raises(ValueError, match="steps 0..1"):
+            policy.step_law(torch.zeros(1, 3, 4), i, Condition([""]))
+
+
+def test_kernels_are_the_classes_they_say():
+    assert isinstance(kernel_of(DDIMScheduler(), "ddim", 4), DDIM)
+    assert isinstance(kernel_of(DDIMScheduler(), "ddpm", 4), DDPM)
