@@ -96,7 +96,7 @@ def clean_prediction(
         x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
     if name == "LCMScheduler":
         c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(int(timestep))
-        pass
+        x0 = c_out * x0 + c_skip * x
     return x0
 
 
