@@ -133,8 +133,8 @@ class FeynmanKac:
             ValueError: a step or fraction outside the chain.
         """
         s, last = self.schedule, num_steps - 1
-        if s is None:
-            s = [0.2, 0.4, 0.6, 0.8]
+        if s is None:  # the last step often adds no noise: copies made there stay copies
+            return sorted({round(f * num_steps) for f in (0.2, 0.4, 0.6, 0.8)} - {last, num_steps})
         if isinstance(s, int):
             if s < 1:
                 raise ValueError(f"schedule: every {s} steps came, expected 1 or more")

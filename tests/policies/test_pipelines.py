@@ -12,6 +12,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, EulerDiscreteScheduler, PNDMS
 from peft import LoraConfig
 
 from diffreward.policies import load_policy
+from diffreward.policies.pipelines import decode_vae
 from diffreward.policy import Policy, rollout, sample_generators
 from diffreward.samples import Samples
 
@@ -285,3 +286,25 @@ def test_a_long_prompt_is_warned_about(caplog):
     diffusers.utils.logging.enable_propagation()
     load_policy(tiny.sd()).encode(["many words " * 20])
     assert "truncated" in caplog.text
+
+
+def test_a_half_precision_vae_that_overflows_is_decoded_in_float32():
+    plain, half = tiny.vae(), tiny.vae(force_upcast=True)
+    half.load_state_dict(plain.state_dict())
+    half.to(torch.float16)
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(decode_vae(half, x), decode_vae(plain, x), rtol=0, atol=5e-3)
+    assert half.dtype == torch.float16
+
+
+def test_latents_with_statistics():
+    """SDXL-like VAEs whose latents have a mean and deviation: x * std / scale + mean."""
+    plain = tiny.vae(scaling_factor=1.0)
+    config = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    other = tiny.vae(scaling_factor=0.5, **config)
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, 8, 8)
+    mean, std = (torch.tensor(v).view(1, 4, 1, 1) for v in config.values())
+    with torch.no_grad():
+        torch.testing.assert_close(decode_vae(other, x), decode_vae(plain, x * std / 0.5 + mean))

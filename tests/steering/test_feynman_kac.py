@@ -600,6 +600,20 @@ def test_a_whole_prompt_at_minus_infinity(potential, ess_threshold, tempering):
     assert_same_result(result, run(MaskedChain(), reward, ["alive"], **options), [0])
 
 
+@pytest.mark.parametrize(
+    "options", [{"lmbda": 0.0}, {"lmbda": 2.0, "tempering": lambda fraction: 0.0}]
+)
+def test_zero_times_minus_infinity_is_zero(options):
+    """With lambda 0, at the end or on the way, a forbidden sample is like any other."""
+    reward = lambda s: torch.where(s.data[:, 0] > 0, 0.0, -torch.inf)  # noqa: E731
+    result = run(ARChain(), reward, ["0"], num_particles=16, schedule=1, **options)
+    assert (result.ancestors == torch.arange(16)).all() and (result.ess[:-1] == 16).all()
+    forbidden = result.scores.value.view(1, 16) == -math.inf
+    assert forbidden.any() and not forbidden.all()
+    dead = forbidden & (options["lmbda"] != 0)
+    assert torch.equal(result.log_weights, torch.where(dead, -math.inf, 0.0).double())
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("when", ["first", "intermediate", "final"])
 def test_nan_raises_and_names_the_sample(value, when):
@@ -1106,32 +1120,30 @@ def test_best_of_n_has_the_same_noise_and_the_same_compute(num_x0_samples):
     assert_same_result(result, without)
 
 
-def test_roots_and_the_collapse_warning():
+@pytest.mark.parametrize("k", [1, 4])
+def test_roots_and_the_collapse_warning(k):
     """Roots follow from the ancestors; the warning comes exactly when a prompt has one."""
 
     def reward(samples):
         return torch.tensor([float(p) for p in samples.prompts]) * samples.data[:, 0]
 
     seen = set()
-    for lmbda in (0.0, 0.5, 30.0):
-        for prompts in (["0", "0"], ["0", "1"]):
-            for k in (1, 4):
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always")
-                    result = run(ARChain(), reward, prompts, num_particles=k, lmbda=lmbda,
-                                 schedule=1)  # fmt: skip
-                for p in range(2):
-                    root = torch.arange(k)
-                    for ancestors in result.ancestors[:, p]:
-                        root = root[ancestors]
-                    assert result.roots[p] == len(root.unique())
-                collapsed = (result.roots == 1).any() and k > 1
-                seen.add(bool(collapsed))
-                assert len(caught) == collapsed
-                if collapsed:
-                    message = str(caught[0].message)
-                    assert "for 1 of 2 prompts" in message and "'1'" in message
-    assert seen == {False, True}
+    for prompts in (["0", "0.1"], ["0", "2"], ["0", "4"], ["0", "8"], ["0", "50"]):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = run(ARChain(4, 0.8), reward, prompts, num_particles=k, lmbda=1.0, schedule=1)
+        for p in range(2):
+            root = torch.arange(k)
+            for ancestors in result.ancestors[:, p]:
+                root = root[ancestors]
+            assert result.roots[p] == len(root.unique())
+        collapsed = k > 1 and int(result.roots[1]) == 1
+        seen.add(int(result.roots[1]))
+        assert len(caught) == collapsed
+        if collapsed:
+            message = str(caught[0].message)
+            assert "for 1 of 2 prompts" in message and repr(prompts[1]) in message
+    assert seen == {1} if k == 1 else {1, 2, 4} <= seen
 
 
 # Lineage ------------------------------------------------------------------------------------
