@@ -1,6 +1,7 @@
 """Every verb through `main`, and through a process of its own where that matters."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +43,9 @@ def painter(monkeypatch):
 
 
 def python(*argv: str, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in conftest.py
     return subprocess.run(
-        [sys.executable, *argv], capture_output=True, text=True, timeout=300, **options
+        [sys.executable, *argv], capture_output=True, text=True, env=environment, **options
     )
 
 
