@@ -50,8 +50,8 @@ def steer(argv: Sequence[str]) -> int:
 
     with report.run_folder(config.output, "steer") as folder:
         with refusals():  # whatever can be refused is refused before the model is loaded
-            _check_options(config)
             guide = make_reward(config.reward)
+            _check_options(config, guide)
             judges = _judges(config, guide, prompts)
             say(f"loading {config.model.spec}")
             policy = load_policy(**vars(config.model))
@@ -67,18 +67,15 @@ def steer(argv: Sequence[str]) -> int:
     return 0
 
 
-def _check_options(config: SteerConfig) -> None:
-    """Refuse what `steer` would refuse, before anything is loaded."""
-    from diffreward.steering import FeynmanKac
-    from diffreward.steering.feynman_kac import named
+def _check_options(config: SteerConfig, guide) -> None:
+    """Refuse what `steer` would refuse, before the model is loaded."""
+    from diffreward.steering.feynman_kac import FeynmanKac, check_options
 
-    options = vars(config.steer)
-    fk = FeynmanKac(**{field.name: options[field.name] for field in fields(FeynmanKac)})
+    options = dict(vars(config.steer))
+    options.pop("best_of_n")
+    fk = FeynmanKac(**{field.name: options.pop(field.name) for field in fields(FeynmanKac)})
     fk.steps(config.model.num_steps)
-    named({"policy": None, "gradient": None}, config.steer.proposal, "proposal")
-    for name in ("num_particles", "num_x0_samples", "max_batch", "decode_batch"):
-        if options[name] is not None and options[name] < 1:
-            raise ValueError(f"{name} must be at least 1, but {options[name]} came")
+    check_options(guide, **options)
 
 
 def _judges(config: SteerConfig, guide, prompts: list[str]) -> dict:
@@ -115,7 +112,7 @@ def rewards(argv: Sequence[str]) -> int:
 
     from diffreward import report
     from diffreward.rewards import available_rewards
-    from diffreward.rewards.base import _look_up
+    from diffreward.rewards.base import find_reward
 
     if chosen.name is None:
         infos = available_rewards().values()
@@ -128,7 +125,7 @@ def rewards(argv: Sequence[str]) -> int:
         return 0
 
     with refusals():
-        entry = _look_up(chosen.name)
+        entry = find_reward(chosen.name)
     options = {
         option.name: "required" if option.default is option.empty else option.default
         for option in inspect.signature(entry.factory).parameters.values()

@@ -210,9 +210,7 @@ def sample_generators(
         for s in range(num_samples):
             state = np.random.SeedSequence([seed, p, s, stream]).generate_state(2, np.uint32)
             # 63 bits: manual_seed takes a signed 64-bit integer
-            generators.append(
-                torch.Generator().manual_seed((int(state[0]) << 31) ^ int(state[1]))
-            )
+            generators.append(torch.Generator().manual_seed((int(state[0]) << 31) ^ int(state[1])))
     return generators
 
 

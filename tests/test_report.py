@@ -17,13 +17,13 @@ def run():
     prompts = ["a red heart", "smiling face"]
     guide = make_reward("target_color", color="red")
     result = steer(
-        Painter(), guide, prompts, num_particles=3, lmbda=20.0, best_of_n=True, ess_threshold=0.9
+        Painter(), guide, prompts, num_particles=3, lmbda=5.0, best_of_n=True, ess_threshold=0.98
     )
     judges = {
         "colorfulness": (make_reward("colorfulness"), [True, True]),
         "shapes_checker": (make_reward("shapes_checker"), [True, False]),
     }
-    return report.SteeringReport(prompts, result, "target_color", judges, 6, 0.9)
+    return report.SteeringReport(prompts, result, "target_color", judges, 6, 0.98)
 
 
 # -- folders and files --------------------------------------------------------------------------

@@ -10,7 +10,7 @@ a x0 + s eps, and every prediction type is a linear map from (x, output) to (x0,
 
 kernel            source                                              zero-variance step
 `DDIM`            Song et al. 2021, arXiv:2010.02502, eq. 12, 16      eta = 0, or final alpha_bar 1
-`DDPM`            Ho et al. 2020, arXiv:2006.11239, eq. 7             the last
+`DDPM`            Ho et al. 2020, arXiv:2006.11239, eq. 7             the last, as in the paper
 `FlowRenoise`     x0-prediction renoised to the next sigma; what      the last
                   diffusers' FlowMatchEuler does with
                   ``stochastic_sampling``
@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -182,6 +183,10 @@ class DDIM(VPKernel):
 
     eta: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], but {self.eta} came")
+
     @property
     def stochastic(self) -> bool:
         return self.eta > 0
@@ -215,7 +220,8 @@ class DDPM(VPKernel):
         alpha = ab / ab_next
         mean = (ab_next.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - ab_next) * x) / (1 - ab)
         if i == self.num_steps - 1:
-            std = torch.zeros_like(ab)  # the last step adds no noise
+            # noise-free as in the paper; diffusers adds noise to fixed_large chains that end at t > 0
+            std = torch.zeros_like(ab)
         elif self.variance == "fixed_large":
             std = (1 - alpha).sqrt()
         else:
@@ -277,6 +283,10 @@ class FlowSDE(FlowKernel):
 
     noise_level: float = 0.7
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise_level < math.inf:
+            raise ValueError(f"noise_level must be finite and >= 0, but {self.noise_level} came")
+
     @property
     def stochastic(self) -> bool:
         return self.noise_level > 0
@@ -299,6 +309,7 @@ class GaussianPolicy:
 
     kernel: DDIM | DDPM | FlowRenoise | FlowSDE
     denoiser: torch.nn.Module
+    guided: bool = False  #: whether ``predict`` applies classifier-free guidance
     _adapters_off: bool = False
 
     @property
@@ -310,7 +321,7 @@ class GaussianPolicy:
         """Whether the chain has noise at all; steering needs it."""
         return self.kernel.stochastic
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
@@ -339,29 +350,51 @@ class GaussianPolicy:
     def denoising_loss(
         self, x0: Tensor, condition: Condition, generator: Generators = None
     ) -> Float[Tensor, " b"]:
-        """Mean squared error over dimensions at one uniform time and one noise per sample."""
+        """Mean squared error over dimensions at one uniform time and one noise per sample.
+
+        Of the conditional prediction alone: guidance sharpens samples, but the guided output is no
+        denoiser of the data, so that a loss on it would train something else.
+        """
         # the uniform comes through a normal so that `randn` stays the one source of noise
         z = randn((len(x0), 1), generator, device=x0.device)[:, 0]
-        u = torch.special.ndtr(z.double()).clamp(max=1 - 1e-6).to(x0.dtype)
+        u = torch.special.ndtr(z.double()).clamp(max=1 - 1e-6).float()  # below 1 in float32 still
         eps = randn(x0.shape, generator, device=x0.device, dtype=x0.dtype)
         x, t, target = self.kernel.noised(x0, u, eps)
-        return ((self._predict(x, t, condition) - target) ** 2).flatten(1).mean(1)
+        plain = copy.copy(self)
+        plain.guided = False
+        return ((plain._predict(x, t, condition) - target) ** 2).flatten(1).mean(1)
 
     def reference(self) -> GaussianPolicy:
         """Adapters switched off where the denoiser has them, else a frozen copy as it is now."""
         ref = copy.copy(self)
-        if getattr(self.denoiser, "_hf_peft_config_loaded", False):
+        if _adapter_layers(self.denoiser):
             ref._adapters_off = True
         else:
             ref.denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
         return ref
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        if self._adapters_off:
-            self.denoiser.disable_adapters()
-        try:
-            output = self.predict(x.to(self.dtype), t, condition)
-        finally:
-            if self._adapters_off:
-                self.denoiser.enable_adapters()
-        return output.to(x.dtype)
+        with _without_adapters(self.denoiser) if self._adapters_off else nullcontext():
+            return self.predict(x.to(self.dtype), t, condition).to(x.dtype)
+
+
+def _adapter_layers(network: torch.nn.Module) -> list[torch.nn.Module]:
+    return [m for m in network.modules() if hasattr(m, "_disable_adapters")]  # peft's mark
+
+
+@contextmanager
+def _without_adapters(network: torch.nn.Module) -> Iterator[None]:
+    """Switch peft's layers off and back to what they were.
+
+    peft's own ``disable_adapters`` and ``enable_adapters`` also change ``requires_grad``, and
+    would switch on what the caller had switched off.
+    """
+    layers = _adapter_layers(network)
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was

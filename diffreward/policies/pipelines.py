@@ -8,10 +8,12 @@ fresh scheduler of the same configuration.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import os
 import re
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +63,13 @@ def load_policy(
     Args:
         spec: a pipeline object (Stable Diffusion 1.x/2.x, XL, 3/3.5, FLUX.1, unconditional
             DDPM/DDIM), a local folder, a hub id, or "embedded:emoji".
-        num_steps: T, denoising steps.
+        num_steps: T, denoising steps; at most the training steps of an epsilon- or v-prediction
+            model.
         kernel: "ddim" or "ddpm" for epsilon- and v-prediction models; "flow_renoise" or
             "flow_sde" for flow-matching ones. None: ddim (ddpm for a DDPMPipeline) and
             flow_renoise, whose last step, unlike that of flow_sde, leaves no noise in the image.
-        eta: noise of ddim; 0 is deterministic, which steering refuses.
-        noise_level: noise of flow_sde.
+        eta: noise of ddim, in [0, 1]; 0 is deterministic, which steering refuses.
+        noise_level: noise of flow_sde, at least 0.
         guidance_scale: as in diffusers; None: the default of the pipeline.
         negative_prompt: for classifier-free guidance.
         height, width: pixels; None: the model's own.
@@ -77,9 +80,13 @@ def load_policy(
     Raises:
         FileNotFoundError: no such folder; a hub id that is neither cached nor reachable.
         ValueError: an unknown embedded model or kernel, a kernel of the wrong path, a pipeline
-            class that has no family here, a scheduler option that is not supported.
+            class that has no family here, a scheduler or an option of it that is not supported, a
+            network that predicts variances, a number out of its range.
     """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, but {dtype!r} came")
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, but {num_steps} came")
     every = (*VP_KERNELS, *FLOW_KERNELS)
@@ -145,8 +152,11 @@ def _load(spec: str | os.PathLike, dtype, device):
             "could not be reached for it; check the id and the network (HF_HUB_OFFLINE must not "
             "be 1), or give the path of a downloaded folder"
         ) from err
-    # one dtype everywhere: text encoders otherwise keep that of their files
-    return pipe.to(device=device, dtype=dtype)
+    for module in pipe.components.values():
+        # one dtype everywhere: text encoders otherwise keep that of their files
+        if isinstance(module, torch.nn.Module) and module.dtype != dtype:
+            module.to(dtype)
+    return pipe.to(device)
 
 
 class PipelinePolicy(GaussianPolicy):
@@ -167,6 +177,12 @@ class PipelinePolicy(GaussianPolicy):
     ) -> None:  # fmt: skip
         self.pipe, self.guidance_scale, self.negative_prompt = pipe, guidance_scale, negative_prompt
         self.denoiser = getattr(pipe, self.network)
+        channels = [self.denoiser.config.get(f"{way}_channels") for way in ("in", "out")]
+        if channels[1] not in (None, channels[0]):
+            raise ValueError(
+                f"the {self.network} takes {channels[0]} channels and returns {channels[1]}: "
+                "networks that predict variances too, or take more than latents, are not supported"
+            )
         self.height, self.width = self._size(height, width)
         self.guided = self._is_guided()
         name = sampling.kernel or self.kernels[0]
@@ -177,6 +193,10 @@ class PipelinePolicy(GaussianPolicy):
             )
         options = self._timestep_options(sampling)
         self.kernel = build_kernel(pipe.scheduler, name, sampling, **options)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype  # a quantised network's parameters are integers
 
     def _size(self, height, width) -> tuple[int, int]:
         size, scale = self.denoiser.config.sample_size, self._scale()
@@ -202,9 +222,11 @@ class PipelinePolicy(GaussianPolicy):
             raise ValueError(
                 f"{type(self.pipe).__name__} takes prompts only, but {', '.join(inputs)} came"
             )
+        if isinstance(prompts, str) or len(prompts) == 0:
+            raise ValueError(f"encode takes a list of prompts, at least one, but {prompts!r} came")
         prompts = list(prompts)
-        tensors = {k: v.detach() for k, v in self._embed(prompts).items() if v is not None}
-        return Condition(prompts, tensors)
+        tensors = {k: v for k, v in self._embed(prompts).items() if v is not None}
+        return Condition(prompts, {k: v.detach().to(self.dtype) for k, v in tensors.items()})
 
     def _embed(self, prompts: list[str]) -> dict[str, Tensor | None]:
         raise NotImplementedError
@@ -295,6 +317,10 @@ class StableDiffusion3Policy(PipelinePolicy):
 
     network = "transformer"
     kernels = FLOW_KERNELS
+
+    def _size(self, height, width):
+        height, width = super()._size(height, width)
+        return _multiples(height, width, self._scale() * self.denoiser.config.patch_size)
 
     def _timestep_options(self, sampling):
         if not self.pipe.scheduler.config.get("use_dynamic_shifting"):
@@ -389,7 +415,12 @@ class FluxPolicy(PipelinePolicy):
 
 
 class UnconditionalPolicy(PipelinePolicy):
-    """Unconditional pixel models (UNet2D); prompts are empty strings."""
+    """Unconditional pixel models (UNet2D); prompts are empty strings. Grey becomes RGB."""
+
+    def __init__(self, pipe, *args, **kwargs) -> None:
+        super().__init__(pipe, *args, **kwargs)
+        if (channels := self.denoiser.config.in_channels) not in (1, 3):
+            raise ValueError(f"images have 1 or 3 channels, but this model's have {channels}")
 
     def _scale(self):
         return 1
@@ -405,7 +436,7 @@ class UnconditionalPolicy(PipelinePolicy):
 
     def decode(self, x0: Tensor, condition: Condition) -> Samples:
         images = (x0.float() / 2 + 0.5).clamp(0, 1)
-        return Samples(images, "image", list(condition.prompts))
+        return Samples(images.expand(-1, 3, -1, -1), "image", list(condition.prompts))
 
 
 class AncestralPolicy(UnconditionalPolicy):
@@ -435,12 +466,21 @@ def build_kernel(scheduler: Any, name: str, sampling: Sampling, **options):
         **options: ``clip_sample``; or ``sigmas`` and ``mu`` of a flow-matching schedule.
 
     Raises:
-        ValueError: dynamic thresholding, a learned variance, an unknown prediction type.
+        ValueError: a scheduler of another path (flow matching, EDM), an inverted one, dynamic
+            thresholding, a learned variance, an unknown prediction type, too many steps.
     """
     import diffusers
 
     config, steps = scheduler.config, sampling.num_steps
-    if name in FLOW_KERNELS:
+    flow = name in FLOW_KERNELS
+    # what one path's schedulers cannot be without: elsewhere from_config would fill in defaults
+    if ("shift" if flow else "beta_schedule") not in config or config.get("invert_sigmas"):
+        raise ValueError(
+            f"no {name} kernel can be made of the configuration of {type(scheduler).__name__}: "
+            f"give the pipeline {'a FlowMatchEulerDiscrete' if flow else 'the model own DDIM'}"
+            "Scheduler, with the settings the model was trained with"
+        )
+    if flow:
         grid = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
         sigmas = options.pop("sigmas", None)
         grid.set_timesteps(None if sigmas else steps, sigmas=sigmas, **options)
@@ -450,11 +490,16 @@ def build_kernel(scheduler: Any, name: str, sampling: Sampling, **options):
         return FlowSDE(*common, noise_level=sampling.noise_level)
 
     if config.get("thresholding"):
-        raise ValueError("the scheduler's dynamic thresholding has no Gaussian law; switch it off")
+        raise ValueError("the scheduler's dynamic thresholding is not supported; switch it off")
+    prediction, known = config.get("prediction_type"), ("epsilon", "v_prediction", "sample")
+    if prediction not in known:
+        raise ValueError(f"prediction_type must be one of {known}, but {prediction!r} came")
     cls = diffusers.DDIMScheduler if name == "ddim" else diffusers.DDPMScheduler
     grid = cls.from_config(config, **options)
     grid.set_timesteps(steps)
     t, table = grid.timesteps, grid.alphas_cumprod
+    if t[0] >= len(table):
+        raise ValueError(f"{steps} steps reach beyond the {len(table)} of training; take fewer")
     if name == "ddim":
         # diffusers steps by a fixed stride, whatever the rounding of its timesteps
         t_next, end = t - grid.config.num_train_timesteps // steps, grid.final_alpha_cumprod
@@ -487,6 +532,9 @@ def decode_vae(vae: Any, latents: Tensor) -> Tensor:
     scaled = scaled + (config.get("shift_factor") or 0.0)
     dtype = vae.dtype
     upcast = dtype == torch.float16 and config.get("force_upcast", False)  # it overflows
+    if upcast and scaled.requires_grad:
+        # the backward pass comes later, and needs the float32 weights then
+        vae, upcast = _float32_copy(vae), False
     if upcast:
         vae.to(dtype=torch.float32)
     try:
@@ -494,6 +542,15 @@ def decode_vae(vae: Any, latents: Tensor) -> Tensor:
     finally:
         if upcast:
             vae.to(dtype=dtype)
+
+
+_float32_copies: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _float32_copy(vae: Any) -> Any:
+    if vae not in _float32_copies:
+        _float32_copies[vae] = copy.deepcopy(vae).float().requires_grad_(False)
+    return _float32_copies[vae]
 
 
 def _multiples(height: int, width: int, of: int) -> tuple[int, int]:

@@ -301,12 +301,14 @@ def _first(bad: Tensor, samples: Samples) -> str:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class RewardEntry:
+    """A registered reward: what is known about it, and the factory that builds it."""
+
     info: RewardInfo
     factory: Callable[..., Any]
 
 
-_TABLE: dict[str, _Entry] = {}
+_TABLE: dict[str, RewardEntry] = {}
 _plugins_loaded = False
 
 
@@ -355,7 +357,7 @@ def register_reward(name: str, *, overwrite: bool = False, **info: Any) -> Calla
         entry = RewardInfo(name=name, **{"description": doc, **info})
         if isinstance(factory, type) and not hasattr(factory, "info"):
             factory.info = entry
-        _TABLE[key] = _Entry(entry, factory)
+        _TABLE[key] = RewardEntry(entry, factory)
         return factory
 
     return register
@@ -380,7 +382,7 @@ def make_reward(spec: RewardSpec, /, **options: Any) -> Reward:
         chosen = {**spec, **options}
         if not isinstance(chosen.get("name"), str):
             raise ValueError(f"a reward spec needs a 'name', but {dict(spec)!r} has none")
-        entry = _look_up(chosen.pop("name"))
+        entry = find_reward(chosen.pop("name"))
         _check_options(entry, chosen)
         return as_reward(entry.factory(**chosen), entry.info)
     reward = as_reward(spec)
@@ -399,7 +401,12 @@ def available_rewards() -> dict[str, RewardInfo]:
     return {info.name: info for info in sorted(infos, key=lambda info: info.name)}
 
 
-def _look_up(name: str) -> _Entry:
+def find_reward(name: str) -> RewardEntry:
+    """The registry's entry of a name.
+
+    Raises:
+        ValueError: there is none; the message lists near matches.
+    """
     key = _normalise(name)
     if key not in _TABLE:
         _load_plugins()
@@ -413,7 +420,7 @@ def _look_up(name: str) -> _Entry:
     return _TABLE[key]
 
 
-def _check_options(entry: _Entry, options: Mapping[str, Any]) -> None:
+def _check_options(entry: RewardEntry, options: Mapping[str, Any]) -> None:
     """Name a wrong or missing option before the factory starts to load weights."""
     parameters = inspect.signature(entry.factory).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]

@@ -403,16 +403,12 @@ def steer(
     fk = FeynmanKac(lmbda, potential, tempering, resampling, ess_threshold, schedule, target_ess)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     reward = make_reward(reward)
-    _check(policy, reward, prompts, num_particles, proposal, num_x0_samples)
+    check_options(
+        reward, num_particles=num_particles, proposal=proposal, gradient_clip=gradient_clip,
+        num_x0_samples=num_x0_samples, max_batch=max_batch, decode_batch=decode_batch,
+    )  # fmt: skip
+    _check_policy(policy, prompts, num_particles)
     fk.steps(policy.num_steps)  # a bad schedule is refused before any compute
-    for name, value in (("max_batch", max_batch), ("decode_batch", decode_batch)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, but {value} came")
-    if gradient_clip is not None and not 0 < gradient_clip < math.inf:
-        raise ValueError(
-            f"gradient_clip must be positive and finite (None: no clipping), but {gradient_clip} "
-            "came"
-        )
 
     group = len(prompts) if max_batch is None else max(1, max_batch // num_particles)
     starts = range(0, len(prompts), group)
@@ -438,19 +434,47 @@ def steer(
     return result
 
 
-def _check(policy, reward, prompts, k, proposal, num_x0_samples) -> None:
-    if not prompts:
-        raise ValueError("no prompts came; give at least one (an empty string if unconditional)")
-    if k < 1:
-        raise ValueError(f"num_particles must be at least 1, but {k} came")
-    if num_x0_samples < 1:
-        raise ValueError(f"num_x0_samples must be at least 1, but {num_x0_samples} came")
+def check_options(
+    reward: Reward,
+    *,
+    num_particles: int,
+    proposal: str = "policy",
+    gradient_clip: float | None = None,
+    num_x0_samples: int = 1,
+    max_batch: int | None = None,
+    decode_batch: int | None = None,
+) -> None:
+    """Refuse what `steer` would refuse of these options, without a policy.
+
+    Raises:
+        ValueError: a number out of range, an unknown proposal, or a gradient proposal for a reward
+            that declares it has no gradient.
+    """
+    counts = {
+        "num_particles": num_particles,
+        "num_x0_samples": num_x0_samples,
+        "max_batch": max_batch,
+        "decode_batch": decode_batch,
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, but {value} came")
     named({"policy": None, "gradient": None}, proposal, "proposal")
     if proposal == "gradient" and reward.info.differentiable is False:
         raise ValueError(
             f"proposal='gradient' needs a differentiable reward, and {reward.info.name!r} is not "
             "one; use proposal='policy'"
         )
+    if gradient_clip is not None and not 0 < gradient_clip < math.inf:
+        raise ValueError(
+            f"gradient_clip must be positive and finite (None: no clipping), but {gradient_clip} "
+            "came"
+        )
+
+
+def _check_policy(policy: Policy, prompts: list[str], k: int) -> None:
+    if not prompts:
+        raise ValueError("no prompts came; give at least one (an empty string if unconditional)")
     if k > 1 and not getattr(policy, "stochastic", True):
         raise ValueError(
             "this policy is deterministic, so that copies of a particle would stay identical; "
