@@ -14,8 +14,8 @@ kernel            source                                              zero-varia
 `FlowRenoise`     x0-prediction renoised to the next sigma; what      the last
                   diffusers' FlowMatchEuler does with
                   ``stochastic_sampling``
-`FlowSDE`         Flow-GRPO, Liu et al. 2025, arXiv:2505.05470,       noise_level = 0
-                  eq. 9 (the authors' discretisation)
+`FlowSDE`         Flow-GRPO, Liu et al. 2025, arXiv:2505.05470, as    noise_level = 0
+                  the authors' code discretises it
 
 A step of zero variance is a point mass: it has no density. Its ``log_prob`` and ``kl`` are 0 by
 convention, which leaves it out of path sums, and ``law.deterministic`` says so.
@@ -77,7 +77,7 @@ class GaussianLaw:
     def sample_x0(self, generator: Generators = None) -> Tensor:
         """Draw x0 given x[i], approximately: N(x0, x0_std^2), exact for unit Gaussian data.
 
-        Source: the posterior of Loss-Guided Diffusion, Song et al. 2023 (ICML), section 4.
+        Source: the Gaussian posterior of Loss-Guided Diffusion, Song et al. 2023 (ICML).
         """
         return self.x0 + self.x0_std * self._noise(generator)
 
@@ -327,7 +327,8 @@ class GaussianPolicy:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.denoiser.parameters()).dtype
+        # quantised weights are integers
+        return next(p.dtype for p in self.denoiser.parameters() if p.is_floating_point())
 
     def latent_shape(self, condition: Condition) -> tuple[int, ...]:
         """Shape of one latent, without the batch."""

@@ -194,10 +194,6 @@ class PipelinePolicy(GaussianPolicy):
         options = self._timestep_options(sampling)
         self.kernel = build_kernel(pipe.scheduler, name, sampling, **options)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.denoiser.dtype  # a quantised network's parameters are integers
-
     def _size(self, height, width) -> tuple[int, int]:
         size, scale = self.denoiser.config.sample_size, self._scale()
         own = (size, size) if isinstance(size, int) else size
@@ -475,10 +471,10 @@ def build_kernel(scheduler: Any, name: str, sampling: Sampling, **options):
     flow = name in FLOW_KERNELS
     # what one path's schedulers cannot be without: elsewhere from_config would fill in defaults
     if ("shift" if flow else "beta_schedule") not in config or config.get("invert_sigmas"):
+        wanted = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
         raise ValueError(
-            f"no {name} kernel can be made of the configuration of {type(scheduler).__name__}: "
-            f"give the pipeline {'a FlowMatchEulerDiscrete' if flow else 'the model own DDIM'}"
-            "Scheduler, with the settings the model was trained with"
+            f"no {name} kernel can be made of the configuration of {type(scheduler).__name__}; give "
+            f"the pipeline a {wanted} with the settings the model was trained with"
         )
     if flow:
         grid = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
