@@ -220,7 +220,7 @@ class DDPM(VPKernel):
         alpha = ab / ab_next
         mean = (ab_next.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - ab_next) * x) / (1 - ab)
         if i == self.num_steps - 1:
-            # noise-free as in the paper; diffusers adds noise to fixed_large chains that end at t > 0
+            # as in the paper; diffusers adds noise to fixed_large chains that end at t > 0
             std = torch.zeros_like(ab)
         elif self.variance == "fixed_large":
             std = (1 - alpha).sqrt()

@@ -473,8 +473,8 @@ def build_kernel(scheduler: Any, name: str, sampling: Sampling, **options):
     if ("shift" if flow else "beta_schedule") not in config or config.get("invert_sigmas"):
         wanted = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
         raise ValueError(
-            f"no {name} kernel can be made of the configuration of {type(scheduler).__name__}; give "
-            f"the pipeline a {wanted} with the settings the model was trained with"
+            f"no {name} kernel can be made of the configuration of {type(scheduler).__name__}; "
+            f"give the pipeline a {wanted} with the settings the model was trained with"
         )
     if flow:
         grid = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
