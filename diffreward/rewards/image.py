@@ -122,8 +122,7 @@ class ClipScore:
         unique = dict.fromkeys(prompts)
         features = {prompt: self._text[prompt] for prompt in unique if prompt in self._text}
         new = [prompt for prompt in unique if prompt not in features]
-        # Not in the caller's inference mode: what is remembered serves later calls with gradient.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             for start in range(0, len(new), self.chunk_size):
                 chunk = new[start : start + self.chunk_size]
                 encoded = self.network.encode_text(self._tokenize(chunk), normalize=True)
