@@ -112,7 +112,7 @@ def _take(value, indices):
     if value is None:
         return None
     if isinstance(value, Tensor):
-        return value[torch.as_tensor(indices, device=value.device)]
+        return value[torch.as_tensor(indices, dtype=torch.long, device=value.device)]
     return [value[int(i)] for i in indices]
 
 

@@ -11,6 +11,7 @@ def test_take_cat_and_len():
     b = a.take([2, 0, 2])
     assert b.prompts == ["z", "x", "z"] and b.context["mask"].tolist() == [2, 0, 2]
     assert torch.equal(b.data, a.data[[2, 0, 2]])
+    assert len(a.take([])) == 0
     c = Samples.cat([a, b])
     assert len(c) == 6 and torch.equal(c.data[3:], b.data) and c.prompts[3:] == b.prompts
 

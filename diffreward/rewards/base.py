@@ -64,7 +64,7 @@ class Scores:
 
     def take(self, indices: Tensor | Sequence[int]) -> "Scores":
         """The scores at ``indices`` (repeats allowed), in that order."""
-        at = torch.as_tensor(indices, device=self.value.device)
+        at = torch.as_tensor(indices, dtype=torch.long, device=self.value.device)
         return Scores(
             self.value[at],
             None if self.std is None else self.std[at],
