@@ -5,6 +5,7 @@ Stable Diffusion 3 and FLUX do not hand their generator to the scheduler, whose 
 from torch's global generator: there both sides are seeded globally.
 """
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -281,10 +282,11 @@ def test_bad_options():
 
 
 def test_a_long_prompt_is_warned_about(caplog):
-    import diffusers
-
     diffusers.utils.logging.enable_propagation()
-    load_policy(tiny.sd()).encode(["many words " * 20])
+    try:
+        load_policy(tiny.sd()).encode(["many words " * 20])
+    finally:
+        diffusers.utils.logging.disable_propagation()
     assert "truncated" in caplog.text
 
 
