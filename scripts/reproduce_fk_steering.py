@@ -2,6 +2,7 @@
 
     python scripts/reproduce_fk_steering.py --output runs/fk          # resumable
     python scripts/reproduce_fk_steering.py --output runs/fk --report # tables and figure only
+    python scripts/reproduce_fk_steering.py --tune 10 30 100          # lambda, on other prompts
 
 Guide: the CLIP model ``clip_guide``. Judges, which steering never sees: ``clip_judge`` (another
 seed, the other half of the data) and the exact ``shapes_checker``. Prompts: the 120 held-out
@@ -29,6 +30,7 @@ from diffreward import (
     steer,
 )
 from diffreward._assets import asset_path
+from diffreward.rewards.shapes import CATEGORIES, random_scene
 
 JUDGES = {
     "guide": "clip_score",
@@ -83,6 +85,30 @@ def run(args, rewards, path: Path) -> None:
                 arm="steered", seed=seed, k=k, lmbda=args.lmbda, scores=scores,
                 roots=result.roots.tolist(),
             )  # fmt: skip
+
+
+def tune(args, rewards) -> None:
+    """Mean scores of the chosen particle by lambda, on 24 scenes that are not held out."""
+    rng, prompts = np.random.default_rng(0), []
+    while len(prompts) < 24:
+        scene = random_scene(rng, CATEGORIES[len(prompts) % len(CATEGORIES)])
+        if not scene.held_out() and scene.caption() not in prompts:
+            prompts.append(scene.caption())
+    policy = load_policy(
+        "embedded:emoji", num_steps=args.num_steps, guidance_scale=args.guidance_scale
+    )
+    for lmbda in args.tune:
+        result = steer(
+            policy, rewards["guide"], prompts, num_particles=args.k, lmbda=lmbda,
+            best_of_n=True, max_batch=args.batch,
+        )  # fmt: skip
+        means = [
+            f"{name} {evaluate(r, arm.samples).value.mean():.3f}"
+            for arm in (result.best_of_n, result)
+            for name, r in rewards.items()
+        ]
+        roots = result.roots.double().mean()
+        print(f"lambda {lmbda:g}: best-of-{args.k}, steered: {', '.join(means)}; {roots:.2f} roots")
 
 
 def chosen(line: dict, name: str, k: int) -> np.ndarray:
@@ -155,14 +181,19 @@ def main() -> None:
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--lmbda", type=float, default=10.0)
     parser.add_argument("--num_steps", type=int, default=20)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--tune", type=float, nargs="+", help="try these lambda, then stop")
     parser.add_argument("--report", action="store_true", help="only report what is there")
     args = parser.parse_args()
+    rewards = {name: make_reward(spec) for name, spec in JUDGES.items()}
+    if args.tune:
+        tune(args, rewards)
+        return
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "results.jsonl"
     if not args.report:
-        run(args, {name: make_reward(spec) for name, spec in JUDGES.items()}, path)
+        run(args, rewards, path)
     report(args, path)
 
 
