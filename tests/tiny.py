@@ -200,13 +200,17 @@ def motion_part():
     ).eval()  # fmt: skip
 
 
-@seeded
-def ddpm_part():
+def ddpm_unet(**config):
     return UNet2DModel(
         sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8,
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8, **config,
     ).eval()  # fmt: skip
+
+
+@seeded
+def ddpm_part():
+    return ddpm_unet()
 
 
 def quiet(pipe):

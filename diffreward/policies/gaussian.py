@@ -14,7 +14,7 @@ kernel            source                                              zero-varia
 `FlowRenoise`     x0-prediction renoised to the next sigma; what      the last
                   diffusers' FlowMatchEuler does with
                   ``stochastic_sampling``
-`FlowSDE`         Flow-GRPO, Liu et al. 2025, arXiv:2505.05470, as    noise_level = 0
+`FlowSDE`         Flow-GRPO, Liu et al. 2025, arXiv:2505.05470, as    noise_level = 0; the last
                   the authors' code discretises it
 
 A step of zero variance is a point mass: it has no density. Its ``log_prob`` and ``kl`` are 0 by
@@ -278,7 +278,9 @@ class FlowSDE(FlowKernel):
 
     With dt = sigma' - sigma < 0, velocity v and g = noise_level * sqrt(sigma / (1 - sigma)):
     mean = x + (v + g^2 / (2 sigma) (x + (1 - sigma) v)) dt, std = g sqrt(-dt). At sigma = 1 the
-    denominator takes the next sigma, as the authors do.
+    denominator takes the next sigma, as the authors do. The step to sigma = 0 returns x0 without
+    noise, as the authors' does not: theirs leaves visible noise in the image (a deviation of 0.08
+    after 28 steps with shift 3), and they drop that step from training.
     """
 
     noise_level: float = 0.7
@@ -297,7 +299,9 @@ class FlowSDE(FlowKernel):
         below_one = torch.where(s >= 1, expand(self.sigmas[1], x), s)
         g2 = self.noise_level**2 * s / (1 - below_one)
         mean = x + (v + g2 / (2 * s) * (x + (1 - s) * v)) * dt
-        return GaussianLaw(x0, mean, (g2 * -dt).sqrt(), x0_std)
+        end = s_next == 0
+        std = torch.where(end, 0.0, (g2 * -dt).sqrt())
+        return GaussianLaw(x0, torch.where(end, x0, mean), std, x0_std)
 
 
 class GaussianPolicy:

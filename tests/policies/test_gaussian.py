@@ -83,6 +83,31 @@ def test_ddpm_is_diffusers_step(prediction, variance):
     assert last.deterministic
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_ddpm_spacing_and_clipping(spacing, clip):
+    options = {"timestep_spacing": spacing, "clip_sample": clip, "steps_offset": 1}
+    scheduler = DDPMScheduler(**options)
+    last = assert_every_step_matches(kernel_of(scheduler, "ddpm", 7), scheduler, 7)
+    assert last.deterministic
+
+
+def test_ddpm_ends_without_noise_where_diffusers_does_not():
+    """fixed_large with a last timestep above 0: the same mean, but no noise on the sample."""
+    scheduler = DDPMScheduler(variance_type="fixed_large", steps_offset=1, clip_sample=False)
+    kernel = kernel_of(scheduler, "ddpm", 5)
+    scheduler.set_timesteps(5)
+    x, output = torch.randn(2, *SHAPE)
+    assert scheduler.timesteps[-1] == 1
+    law, draw = kernel.law(4, x, output), torch.Generator().manual_seed(0)
+    theirs = scheduler.step(output, scheduler.timesteps[-1], x, generator=draw).prev_sample
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        theirs - law.mean, (1 - kernel.alpha_bar[-1]).sqrt() * noise, **CLOSE
+    )
+    assert law.deterministic
+
+
 def test_ddpm_refuses_learned_variances():
     with pytest.raises(ValueError, match="'learned_range' is not supported"):
         kernel_of(DDPMScheduler(variance_type="learned_range"), "ddpm", 4)
@@ -142,6 +167,30 @@ def test_flow_sde_keeps_the_marginals():
 
     assert worst(2000) < 2e-3
     assert worst(4000) < 0.6 * worst(2000)
+
+
+def spread_after(kernel) -> float:
+    """Standard deviation at the end for data N(0, 1) and the exact velocity, by recursion."""
+    variance = 1.0
+    for i, s in enumerate(kernel.sigmas[:-1]):
+        v = (s - (1 - s)) / ((1 - s) ** 2 + s**2)  # E[eps - x0 | x] / x
+        law = kernel.law(i, torch.ones(1, 1).double(), v * torch.ones(1, 1).double())
+        variance = law.mean.item() ** 2 * variance + law.std.item() ** 2
+    return math.sqrt(variance)
+
+
+def test_flow_sde_keeps_the_spread_that_renoising_loses():
+    """The figures `load_policy` and `FlowSDE` quote; the last step of both is free of noise."""
+    s = torch.linspace(1, 1 / 28, 28, dtype=torch.float64)
+    sigmas = torch.cat([3 * s / (1 + 2 * s), torch.zeros(1, dtype=torch.float64)])
+    sde, renoise = FlowSDE(s * 1000, sigmas), FlowRenoise(s * 1000, sigmas)
+    assert 0.93 < spread_after(sde) < 1.0
+    assert 0.6 < spread_after(renoise) < 0.7
+    x = torch.randn(1, 5).double()
+    last = sde.law(27, x, x)
+    assert last.deterministic and torch.equal(last.mean, last.x0)
+    authors = 0.7 * (sigmas[27] / (1 - sigmas[27])).sqrt() * sigmas[27].sqrt()
+    assert 0.06 < authors < 0.1
 
 
 def test_predictions_are_inverses():
@@ -258,6 +307,43 @@ def test_training_times_cover_the_schedule_uniformly():
     assert t.min() >= 0 and t.max() <= 999
     counts = torch.histc(t.float(), 10, 0, 1000)
     assert (counts - 800).abs().max() < 5 * math.sqrt(800 * 0.9)
+
+
+def test_denoising_loss_is_that_of_the_conditional_prediction():
+    """Guidance is for sampling; the loss of the guided output would train something else."""
+
+    class Guided(Zero):
+        guided = True
+
+        def predict(self, x, t, condition):
+            return torch.full_like(x, 5.0) if self.guided else torch.zeros_like(x)
+
+    sigmas = torch.tensor([1.0, 0.5, 0.0])
+    kernel = FlowRenoise(sigmas[:2] * 1000, sigmas)
+    args = (torch.ones(1, 3, 4), Condition([""]))
+    policy = Guided(kernel)
+    plain = Zero(kernel).denoising_loss(*args, sample_generators(0, 1, 1))
+    torch.testing.assert_close(policy.denoising_loss(*args, sample_generators(0, 1, 1)), plain)
+    assert policy.guided and policy.step_law(*args[:1], 0, args[1]).x0.mean() < -3
+
+
+def test_denoising_loss_of_half_precision_latents_stays_on_the_schedule():
+    policy = Zero(kernel_of(DDIMScheduler(clip_sample=False), "ddim", 4))
+    x0 = torch.zeros(4000, 3, 4, dtype=torch.bfloat16)
+    loss = policy.denoising_loss(x0, Condition([""] * 4000), torch.Generator().manual_seed(0))
+    assert loss.isfinite().all()
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
+def test_eta_outside_its_range(eta):
+    with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\]"):
+        kernel_of(DDIMScheduler(), "ddim", 4, eta=eta)
+
+
+@pytest.mark.parametrize("noise_level", [-0.1, math.inf, math.nan])
+def test_noise_level_outside_its_range(noise_level):
+    with pytest.raises(ValueError, match="noise_level must be finite"):
+        kernel_of(FlowMatchEulerDiscreteScheduler(), "flow_sde", 4, noise_level=noise_level)
 
 
 def test_steps_outside_the_chain_are_refused():

@@ -9,8 +9,19 @@ import diffusers
 import pytest
 import tiny
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffreward.policies import load_policy
 from diffreward.policies.pipelines import decode_vae
@@ -71,7 +82,9 @@ def test_negative_prompt(family):
 def test_sd3_matches_its_pipeline(scale, dynamic):
     flow = type(tiny.FLOW).from_config(tiny.FLOW.config, use_dynamic_shifting=dynamic)
     pipe = tiny.sd3(flow)
-    policy = load_policy(pipe, num_steps=STEPS, guidance_scale=scale, height=16, width=16)
+    policy = load_policy(
+        pipe, kernel="flow_renoise", num_steps=STEPS, guidance_scale=scale, height=16, width=16
+    )
     theirs = reference_images(pipe, guidance_scale=scale)
     torch.testing.assert_close(images(policy, step_noise="global").data, theirs, **CLOSE)
 
@@ -80,7 +93,7 @@ def test_sd3_matches_its_pipeline(scale, dynamic):
 def test_flux_matches_its_pipeline(dynamic):
     flow = type(tiny.FLOW).from_config(tiny.FLOW.config, use_dynamic_shifting=dynamic)
     pipe = tiny.flux(flow)
-    policy = load_policy(pipe, num_steps=STEPS, height=16, width=16)
+    policy = load_policy(pipe, kernel="flow_renoise", num_steps=STEPS, height=16, width=16)
     theirs = reference_images(pipe)
     torch.testing.assert_close(images(policy, step_noise="global").data, theirs, **CLOSE)
 
@@ -164,12 +177,11 @@ def test_decode_is_differentiable_and_undecorated():
 
 def test_half_precision_networks_keep_float32_latents():
     pipe = tiny.sd()
-    pipe.components["unet"] = None
     unet = tiny.unet().to(torch.bfloat16)
     pipe.register_modules(unet=unet, vae=tiny.vae().to(torch.bfloat16))
     policy = load_policy(pipe, num_steps=2)
-    condition = policy.encode(["a"])
-    condition.tensors = {k: v.to(torch.bfloat16) for k, v in condition.tensors.items()}
+    condition = policy.encode(["a"])  # by a float32 text encoder
+    assert policy.dtype == torch.bfloat16
     with torch.no_grad():
         law = policy.step_law(policy.initial(condition), 0, condition)
         x = law.sample()
@@ -209,6 +221,32 @@ def test_reference_of_an_adapter_switches_it_off():
     assert reference.denoiser is policy.denoiser  # no second copy in memory
     torch.testing.assert_close(reference.step_law(x, 0, condition).mean, before)
     assert (policy.step_law(x, 0, condition).mean - before).abs().max() > 1e-4
+
+
+def test_reference_leaves_adapters_as_they_were():
+    pipe = tiny.sd()
+    pipe.register_modules(unet=tiny.unet())
+    policy = load_policy(pipe, num_steps=2)
+    policy.denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    condition, reference = policy.encode(["a"]), policy.reference()
+    x = policy.initial(condition)
+
+    def state():
+        layers = [m for m in policy.denoiser.modules() if isinstance(m, BaseTunerLayer)]
+        trainable = [p.requires_grad for p in policy.denoiser.parameters()]
+        return [layer.disable_adapters for layer in layers], trainable
+
+    for change in (lambda: None, policy.denoiser.disable_adapters, policy.denoiser.requires_grad_):
+        change()
+        before = state()
+        reference.step_law(x, 0, condition)
+        assert state() == before
+    # a graph made before the reference was asked still reaches the adapters
+    policy.denoiser.enable_adapters()
+    mean = policy.step_law(x, 0, condition).mean
+    reference.step_law(x, 0, condition)
+    mean.sum().backward()
+    assert any(p.grad is not None for n, p in policy.denoiser.named_parameters() if "lora" in n)
 
 
 def test_denoising_loss_is_the_mean_squared_error_of_the_output():
@@ -278,7 +316,54 @@ def test_bad_options():
         load_policy(tiny.sd(thresholding))
     with pytest.raises(ValueError, match="takes prompts only, but image came"):
         load_policy(pipe).encode(["a"], image=None)
+    for prompts in ("a cat", []):
+        with pytest.raises(ValueError, match="takes a list of prompts, at least one"):
+            load_policy(pipe).encode(prompts)
+    with pytest.raises(ValueError, match="1000 steps reach beyond the 1000 of training"):
+        load_policy(pipe, num_steps=1000)  # steps_offset moves them by one
     assert not load_policy(pipe, eta=0.0).stochastic
+
+
+FLOW_SOLVER = DPMSolverMultistepScheduler(
+    use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+)
+
+
+@pytest.mark.parametrize(
+    "build, scheduler, words",
+    [
+        (tiny.sd, EDMEulerScheduler(), "ddim.*EDMEulerScheduler; give the pipeline a DDIM"),
+        (tiny.sd, FlowMatchEulerDiscreteScheduler(), "ddim.*FlowMatchEulerDiscreteScheduler"),
+        (tiny.sd, FLOW_SOLVER, "prediction_type must be one of.*'flow_prediction' came"),
+        (tiny.sd3, FLOW_SOLVER, "flow_.*DPMSolverMultistepScheduler; give the pipeline a FlowM"),
+        (tiny.flux, FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "flow_"),
+    ],
+)
+def test_schedulers_of_another_path_are_refused(build, scheduler, words):
+    """diffusers would fill in its defaults and sample from another model, silently."""
+    with pytest.raises(ValueError, match=words):
+        load_policy(build(scheduler), height=16, width=16)
+
+
+def pixels(channels, out_channels):
+    return DDPMPipeline(tiny.ddpm_unet(in_channels=channels, out_channels=out_channels), DDPM)
+
+
+DDPM = DDPMScheduler(variance_type="learned_range")
+
+
+@pytest.mark.parametrize("kernel", ["ddim", "ddpm"])
+def test_networks_that_predict_variances_are_refused(kernel):
+    with pytest.raises(ValueError, match="takes 3 channels and returns 6: networks that predict"):
+        load_policy(pixels(3, 6), kernel=kernel)
+
+
+def test_grey_images_become_rgb_and_other_channels_are_refused():
+    policy = load_policy(pixels(1, 1), num_steps=2, kernel="ddim")
+    data = images(policy, [""]).data
+    assert data.shape == (1, 3, 8, 8) and torch.equal(data[:, 0], data[:, 2])
+    with pytest.raises(ValueError, match="1 or 3 channels, but this model's have 4"):
+        load_policy(pixels(4, 4), kernel="ddim")
 
 
 def test_a_long_prompt_is_warned_about(caplog):
@@ -297,6 +382,17 @@ def test_a_half_precision_vae_that_overflows_is_decoded_in_float32():
     x = torch.randn(1, 4, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(decode_vae(half, x), decode_vae(plain, x), rtol=0, atol=5e-3)
+    assert half.dtype == torch.float16
+
+
+def test_the_gradient_of_a_half_precision_vae_that_overflows_is_that_in_float32():
+    plain, half = tiny.vae(), tiny.vae(force_upcast=True)
+    half.load_state_dict(plain.state_dict())
+    half.to(torch.float16)
+    x = torch.randn(1, 4, 8, 8, requires_grad=True)
+    (ours,) = torch.autograd.grad(decode_vae(half, x).square().sum(), x)
+    (theirs,) = torch.autograd.grad(decode_vae(plain, x).square().sum(), x)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-3 * theirs.abs().max().item())
     assert half.dtype == torch.float16
 
 

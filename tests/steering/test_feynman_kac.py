@@ -73,7 +73,7 @@ def quadratic(samples):
 
 def tilt(potential, usual):
     """Lambda: ``usual``, but little where the potential overshoots; see the module docstring."""
-    return {"sum": 0.4, "max": 0.6}.get(potential, usual)
+    return {"sum": 0.3, "max": 0.6}.get(potential, usual)
 
 
 def by_prompt(result, values):
@@ -831,7 +831,8 @@ def test_gradients_that_are_not_finite(many):
     """Where the reward is -inf there is no direction; a NaN elsewhere is an error with a name."""
 
     def positive(samples):  # log of the positive part: -inf and a NaN gradient below 0
-        return samples.data[:, 0].clamp(min=0).log()
+        x = samples.data[:, 0]
+        return (x * (x > 0)).log()  # inf * 0 on the way back
 
     result = run(ARChain(), positive, [""] * 400, num_particles=8, lmbda=1.0, ess_threshold=0.0,
                  proposal="gradient", gradient_clip=0.5, schedule=1)  # fmt: skip
