@@ -7,7 +7,7 @@
 Guide: the CLIP model ``clip_guide``. Judges, which steering never sees: ``clip_judge`` (another
 seed, the other half of the data) and the exact ``shapes_checker``. Prompts: the 120 held-out
 composed scenes. For each seed and k the particle of highest guiding score is kept, by steering and
-by best-of-k; both start from the same noise. k = 4 runs on every seed, the other k on the first.
+by best-of-k; both start from the same noise. k = 4 runs on every seed, the other k on seed 0.
 Every (seed, arm, k) is one line of ``results.jsonl``; finished lines are not run again.
 """
 
@@ -66,7 +66,7 @@ def run(args, rewards, path: Path) -> None:
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         ks = args.ks if seed == 0 else [args.k]
         n = max(ks)
         if ("plain", seed, n, 0.0) not in done:
@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/fk"))
     parser.add_argument("--prompts", type=int, default=120)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--k", type=int, default=4, help="the k run on every seed")
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--lmbda", type=float, default=10.0)

@@ -279,7 +279,7 @@ class FlowSDE(FlowKernel):
     With dt = sigma' - sigma < 0, velocity v and g = noise_level * sqrt(sigma / (1 - sigma)):
     mean = x + (v + g^2 / (2 sigma) (x + (1 - sigma) v)) dt, std = g sqrt(-dt). At sigma = 1 the
     denominator takes the next sigma, as the authors do. The step to sigma = 0 returns x0 without
-    noise, as the authors' does not: theirs leaves visible noise in the image (a deviation of 0.08
+    noise, as the authors' does not: theirs leaves visible noise in the image (a deviation of 0.07
     after 28 steps with shift 3), and they drop that step from training.
     """
 

@@ -296,8 +296,12 @@ def test_enumerable_chain_and_unbiased_z(many, potential, resampling, ess_thresh
     assert (states @ torch.tensor([9, 3, 1]) == torch.arange(27)).all()
     error = share.std(0) / math.sqrt(p)
     tv = 0.5 * (share.mean(0) - law).abs().sum()
-    # normal errors would give 0.5 * sum(error) * sqrt(2 / pi) on average
-    assert tv < 2 * 0.5 * error.sum() * math.sqrt(2 / math.pi)
+    # chance gives 0.5 * sum(error) * sqrt(2 / pi) on average; few cells have most of it, so that
+    # the largest ratio in 60 runs with other seeds was 2.1
+    assert tv < 3.5 * 0.5 * error.sum() * math.sqrt(2 / math.pi)
+    common = law > 0.02  # the other cells are hit too rarely for normal errors
+    assert common.sum() >= 5
+    assert ((share.mean(0) - law).abs() < T_MAX * error)[common].all()
     assert tv < 0.1 < 0.5 * (policy.enumerate()[1] - law).abs().sum()  # the tilt is larger
 
 
