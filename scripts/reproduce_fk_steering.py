@@ -126,7 +126,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 def report(args, path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    plain = {r["seed"]: r for r in lines if r["arm"] == "plain"}
+    pools = sorted((r for r in lines if r["arm"] == "plain"), key=lambda r: r["k"])
+    plain = {r["seed"]: r for r in pools}  # the largest of each seed
     steered = {
         (r["seed"], r["k"]): r for r in lines if r["arm"] == "steered" and r["lmbda"] == args.lmbda
     }

@@ -1,12 +1,7 @@
 """Steering at inference time: the loop over a policy, and the hook into any pipeline."""
 
-from diffreward.steering.feynman_kac import (
-    POTENTIALS,
-    BestOfN,
-    FeynmanKac,
-    SteeringResult,
-    steer,
-)
+from diffreward.steering.feynman_kac import POTENTIALS, FeynmanKac, steer
 from diffreward.steering.hook import steered
+from diffreward.steering.result import BestOfN, SteeringResult
 
 __all__ = ["POTENTIALS", "BestOfN", "FeynmanKac", "SteeringResult", "steer", "steered"]

@@ -30,9 +30,8 @@ from __future__ import annotations
 
 import difflib
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +43,13 @@ from diffreward import smc
 from diffreward.policy import Policy, rollout, sample_generators
 from diffreward.rewards.base import Reward, Scores, evaluate, make_reward
 from diffreward.samples import Samples
+from diffreward.steering.result import (
+    BestOfN,
+    SteeringResult,
+    join_results,
+    pick_best,
+    warn_if_collapsed,
+)
 
 Potential = Callable[[Float[Tensor, "n h"]], Float[Tensor, " n"]]
 
@@ -209,6 +215,28 @@ class Population:
         lmbda = torch.full_like(self.lmbda, self.fk.lmbda)
         self._set_weights(lmbda, rewards.double().cpu())
 
+    def result(
+        self, particles: Samples, scores: Scores, best_of_n: BestOfN | None = None
+    ) -> SteeringResult:
+        """Collect a finished population, whose ``P * K`` final samples and scores these are."""
+        state, (p, k) = self.state, self.state.log_weights.shape
+        best, samples = pick_best(particles, scores, k)
+        none = torch.zeros(0, p, k, dtype=torch.int64)
+        return SteeringResult(
+            samples=samples,
+            particles=particles,
+            scores=scores,
+            best=best,
+            log_weights=state.log_weights,
+            log_z=state.log_evidence(),
+            roots=state.num_roots(),
+            ess=torch.stack([*state.ess_history, state.ess()]),
+            ancestors=torch.stack(state.ancestors) if state.ancestors else none,
+            lmbdas=torch.stack(self.lmbdas) if self.lmbdas else torch.zeros(0, p),
+            steps=self.steps,
+            best_of_n=best_of_n,
+        )
+
     def _set_weights(self, lmbda: Float[Tensor, " P"], s: Float[Tensor, " n"]):
         """Weights since the last resampling, from totals rather than by adding increments.
 
@@ -248,101 +276,6 @@ class Population:
         # equal weights select nothing, and where all are -inf there is nothing to select
         flat = (log_w == log_w[:, :1]).all(1)
         return self.state.should_resample(self.fk.ess_threshold) & ~flat
-
-
-@dataclass
-class BestOfN:
-    """Plain samples at the same number of network calls, from the same noise.
-
-    Attributes:
-        samples: the P best, one per prompt.
-        particles, scores: all, ``P * K``, prompt-major.
-        best: ``(P,)`` index of the best within its prompt.
-    """
-
-    samples: Samples
-    particles: Samples
-    scores: Scores
-    best: Int[Tensor, " P"]
-
-
-@dataclass
-class SteeringResult:
-    """What `steer` returns; P prompts, K particles, H scored steps before the end.
-
-    Attributes:
-        samples: one per prompt, the particle of highest reward.
-        particles, scores: all ``P * K``, prompt-major.
-        best: ``(P,)`` index of the best particle within its prompt.
-        log_weights: ``(P, K)`` weights since the last resampling. The particles represent the
-            tilted law only together with these weights.
-        log_z: ``(P,)`` estimate of log E[exp(lambda r)], exponentially unbiased unless lambda was
-            adapted to the particles.
-        roots: ``(P,)`` number of distinct initial particles that have descendants.
-        ess: ``(H + 1, P)`` effective sample size before each selection, and at the end.
-        ancestors: ``(H, P, K)``.
-        lmbdas: ``(H, P)`` lambda at each selection.
-        steps: the H scored steps.
-        best_of_n: the baseline, if it was asked for.
-    """
-
-    samples: Samples
-    particles: Samples
-    scores: Scores
-    best: Int[Tensor, " P"]
-    log_weights: Float[Tensor, "P K"]
-    log_z: Float[Tensor, " P"]
-    roots: Int[Tensor, " P"]
-    ess: Float[Tensor, "H1 P"]
-    ancestors: Int[Tensor, "H P K"]
-    lmbdas: Float[Tensor, "H P"]
-    steps: list[int] = field(default_factory=list)
-    best_of_n: BestOfN | None = None
-
-
-def build_result(
-    population: Population, particles: Samples, scores: Scores, best_of_n: BestOfN | None = None
-) -> SteeringResult:
-    """Collect a finished population."""
-    state = population.state
-    p, k = state.log_weights.shape
-    best, samples = pick_best(particles, scores, k)
-    none = torch.zeros(0, p)
-    return SteeringResult(
-        samples=samples,
-        particles=particles,
-        scores=scores,
-        best=best,
-        log_weights=state.log_weights,
-        log_z=state.log_evidence(),
-        roots=state.num_roots(),
-        ess=torch.stack([*state.ess_history, state.ess()]),
-        ancestors=torch.stack(state.ancestors)
-        if state.ancestors
-        else torch.zeros(0, p, k, dtype=torch.int64),
-        lmbdas=torch.stack(population.lmbdas) if population.lmbdas else none,
-        steps=population.steps,
-        best_of_n=best_of_n,
-    )
-
-
-def pick_best(particles: Samples, scores: Scores, k: int) -> tuple[Int[Tensor, " P"], Samples]:
-    """Index within each group of k of the highest score, and those samples."""
-    best = scores.value.detach().cpu().view(-1, k).argmax(1)
-    return best, particles.take(best + torch.arange(len(best)) * k)
-
-
-def warn_if_collapsed(result: SteeringResult, prompts: Sequence[str]) -> None:
-    """Warn when all particles of a prompt descend from one initial particle."""
-    p, k = result.log_weights.shape
-    gone = [prompts[j] for j in range(p) if k > 1 and result.roots[j] == 1]
-    if gone:
-        warnings.warn(
-            f"all {k} particles descend from one root for {len(gone)} of {p} prompts (the first: "
-            f"{gone[0]!r}); they are near-copies. A smaller lmbda, a smaller ess_threshold, fewer "
-            "scheduled steps or more particles keep more of them apart",
-            stacklevel=3,
-        )
 
 
 def steer(
@@ -429,7 +362,7 @@ def steer(
             result = walk.steered(fk, proposal, gradient_clip, num_x0_samples)
             result.best_of_n = walk.best_of_n() if best_of_n else None
             results.append(result)
-    result = results[0] if len(results) == 1 else _join(results)
+    result = results[0] if len(results) == 1 else join_results(results)
     warn_if_collapsed(result, prompts)
     return result
 
@@ -551,7 +484,7 @@ class _Walk:
         particles = self.decode(x)
         scores = evaluate(self.reward, particles)
         population.finish(scores.value)
-        return build_result(population, particles, scores)
+        return population.result(particles, scores)
 
     def score_law(self, law, lmbda, num, generators) -> Float[Tensor, " n"]:
         """Reward of the clean prediction, or of ``num`` draws with lambda inside the mean."""
@@ -607,31 +540,3 @@ class _Walk:
         scores = evaluate(self.reward, particles)
         best, samples = pick_best(particles, scores, self.k)
         return BestOfN(samples, particles, scores, best)
-
-
-def _join(results: list[SteeringResult]) -> SteeringResult:
-    """Groups of prompts as one result."""
-
-    def baseline() -> BestOfN | None:
-        parts = [r.best_of_n for r in results]
-        if parts[0] is None:
-            return None
-        return BestOfN(
-            Samples.cat([b.samples for b in parts]),
-            Samples.cat([b.particles for b in parts]),
-            Scores.cat([b.scores for b in parts]),
-            torch.cat([b.best for b in parts]),
-        )
-
-    def cat(name: str, dim: int) -> Tensor:
-        return torch.cat([getattr(r, name) for r in results], dim)
-
-    return SteeringResult(
-        samples=Samples.cat([r.samples for r in results]),
-        particles=Samples.cat([r.particles for r in results]),
-        scores=Scores.cat([r.scores for r in results]),
-        **{name: cat(name, 0) for name in ("best", "log_weights", "log_z", "roots")},
-        **{name: cat(name, 1) for name in ("ess", "ancestors", "lmbdas")},
-        steps=results[0].steps,
-        best_of_n=baseline(),
-    )

@@ -39,10 +39,8 @@ from diffreward.steering.feynman_kac import (
     FeynmanKac,
     Population,
     Potential,
-    SteeringResult,
-    build_result,
-    warn_if_collapsed,
 )
+from diffreward.steering.result import SteeringResult, warn_if_collapsed
 
 SCHEDULERS: dict[str, tuple[str, tuple] | None] = {
     "DDIMScheduler": None,  # its eta comes with the call
@@ -323,7 +321,7 @@ class steered:
                 particles = self._samples(self.returned)
                 scores = evaluate(self.reward, particles)
             self.population.finish(scores.value)
-            self._result = build_result(self.population, particles, scores)
+            self._result = self.population.result(particles, scores)
         return output
 
     def _index(self, timestep: Any) -> int:

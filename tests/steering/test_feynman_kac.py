@@ -73,7 +73,7 @@ def quadratic(samples):
 
 def tilt(potential, usual):
     """Lambda: ``usual``, but little where the potential overshoots; see the module docstring."""
-    return {"sum": 0.3, "max": 0.6}.get(potential, usual)
+    return {"sum": 0.2, "max": 0.6}.get(potential, usual)
 
 
 def by_prompt(result, values):
@@ -297,7 +297,7 @@ def test_enumerable_chain_and_unbiased_z(many, potential, resampling, ess_thresh
     error = share.std(0) / math.sqrt(p)
     tv = 0.5 * (share.mean(0) - law).abs().sum()
     # chance gives 0.5 * sum(error) * sqrt(2 / pi) on average; few cells have most of it, so that
-    # the largest ratio in 60 runs with other seeds was 2.1
+    # the largest ratio in 400 runs with other seeds was 2.5
     assert tv < 3.5 * 0.5 * error.sum() * math.sqrt(2 / math.pi)
     common = law > 0.02  # the other cells are hit too rarely for normal errors
     assert common.sum() >= 5
