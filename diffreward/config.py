@@ -31,14 +31,14 @@ class UsageError(ValueError):
 # diffreward steer
 # --------------------------------------------------------------------------------------------
 
-# What the embedded model draws well; the last two are emoji, the rest scenes.
+# What the embedded model draws, more or less; the last two are emoji, the rest scenes.
 PROMPTS = (
     "a red heart",
-    "a blue star",
-    "a green square above a yellow circle",
-    "two purple triangles",
-    "red apple",
-    "smiling face",
+    "a green star",
+    "three blue squares",
+    "a yellow circle and a black triangle",
+    "blue heart",
+    "grinning face",
 )
 
 

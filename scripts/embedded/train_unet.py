@@ -6,8 +6,10 @@
 One or two threads of a 2-core AMD EPYC. v-prediction on cached latents, 65 % scenes and 35 % emoji,
 10 % empty captions for classifier-free guidance; bfloat16 autocast, EMA. The learning rate is
 constant and decays over the last part of ``--minutes``, which counts earlier runs: it resumes from
-DATA/unet.pt, and a longer time extends it. Every few minutes it writes the checkpoint, a pipeline
-with the EMA weights (DATA/pipeline) and a grid of samples (DATA/samples_<minute>.png).
+DATA/unet.pt, and a longer time extends it; ``--start assets/emoji`` goes on from the shipped
+weights (with the data and the autoencoder they were trained on). Every few minutes it writes the
+checkpoint, a pipeline with the EMA weights (DATA/pipeline) and a grid of samples
+(DATA/samples_<minute>.png).
 """
 
 from __future__ import annotations
@@ -107,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--minutes", type=float, default=88)
+    parser.add_argument("--start", type=Path, help="a pipeline to go on from, if no checkpoint")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--every", type=float, default=6, help="minutes between checkpoints")
     args = parser.parse_args()
@@ -122,6 +125,10 @@ def main() -> None:
     tok = tokenizer(args.data)
     vae = AutoencoderKL.from_pretrained(args.data / "vae").eval().requires_grad_(False)
     unet, text, scheduler = build(tok)
+    if args.start:  # weights only: the optimiser starts anew
+        whole = StableDiffusionPipeline.from_pretrained(args.start, safety_checker=None)
+        unet.load_state_dict(whole.unet.state_dict())
+        text.load_state_dict(whole.text_encoder.state_dict())
     # On a CPU, the backward pass of PyTorch's fused attention costs more than the rest of a block.
     unet.set_attn_processor(AttnProcessor())
     text.set_attn_implementation("eager")
