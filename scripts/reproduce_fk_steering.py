@@ -57,7 +57,7 @@ def run(args, rewards, path: Path) -> None:
     rows = [
         json.loads(line) for line in asset_path("prompts/scenes.jsonl").read_text().splitlines()
     ]
-    prompts = [row["prompt"] for row in rows][: args.prompts]
+    prompts = [row["prompt"] for row in rows][:: args.every]
     policy = load_policy(
         "embedded:emoji", num_steps=args.num_steps, guidance_scale=args.guidance_scale
     )
@@ -176,7 +176,7 @@ def plot(ks: list[int], curves, plain: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/fk"))
-    parser.add_argument("--prompts", type=int, default=120)
+    parser.add_argument("--every", type=int, default=1, help="use every n-th prompt only")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--k", type=int, default=4, help="the k run on every seed")
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
