@@ -78,7 +78,7 @@ def run(args, rewards, path: Path) -> None:
                 continue
             result = steer(
                 policy, rewards["guide"], prompts, num_particles=k, lmbda=args.lmbda, seed=seed,
-                max_batch=args.batch,
+                ess_threshold=args.ess_threshold, max_batch=args.batch,
             )  # fmt: skip
             scores = {n: evaluate(r, result.particles).value.tolist() for n, r in rewards.items()}
             record(
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=4, help="the k run on every seed")
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--lmbda", type=float, default=10.0)
+    parser.add_argument("--ess_threshold", type=float, default=0.5)
     parser.add_argument("--num_steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--batch", type=int, default=64)

@@ -103,7 +103,8 @@ class FeynmanKac:
             is below that already), or a function of the fraction done.
         resampling: a scheme of `smc.RESAMPLERS`.
         ess_threshold: resample a prompt when ESS <= threshold * k; 1.0 and None resample at every
-            scheduled step.
+            scheduled step. ESS is never below 1, so that two particles are practically never
+            resampled at 0.5: give 1.0 there.
         schedule: steps at which to score. None: at 20, 40, 60 and 80 % of the chain, the paper's;
             an int n: every n steps; a sequence of step indices, or of fractions in (0, 1). The end
             is always scored.
