@@ -204,7 +204,12 @@ def sample_generators(
 
     A sample's seed depends on (``seed``, prompt index, sample index, ``stream``) alone, so results
     depend neither on the batch size nor on the device nor on the number of processes.
+
+    Raises:
+        ValueError: a negative seed.
     """
+    if seed < 0:
+        raise ValueError(f"the seed must be 0 or more, but {seed} came")
     generators = []
     for p in range(first_prompt, first_prompt + num_prompts):
         for s in range(num_samples):

@@ -88,6 +88,11 @@ def test_seeds_depend_on_prompt_and_sample_alone():
         assert not {tuple(d) for d in draws(other)} & {tuple(d) for d in everything}
 
 
+def test_negative_seeds_are_refused():
+    with pytest.raises(ValueError, match="seed must be 0 or more, but -1 came"):
+        sample_generators(-1, 1, 1)
+
+
 def test_randn_rows_come_from_their_own_generators():
     together = randn((3, 2), sample_generators(0, 3, 1))
     alone = randn((1, 2), sample_generators(0, 3, 1)[2:])

@@ -75,15 +75,15 @@ TEMPERING: dict[str, Callable[[float], float]] = {
 """Name -> lambda_i / lambda at the fraction of the chain done; "adaptive" is found by bisection."""
 
 
-def named(table: dict, name: Any, kind: str) -> Any:
-    """Look ``name`` up in ``table``; callables pass through.
+def named(table: dict, name: Any, kind: str, *, or_function: bool = False) -> Any:
+    """Look ``name`` up in ``table``; with ``or_function``, callables pass through.
 
     Raises:
         ValueError: unknown name; near matches and all names are listed.
     """
-    if callable(name):
+    if or_function and callable(name):
         return name
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         near = difflib.get_close_matches(str(name), table, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(table)}.")
@@ -125,8 +125,8 @@ class FeynmanKac:
     def __post_init__(self) -> None:
         if not math.isfinite(self.lmbda):
             raise ValueError(f"lmbda must be finite, but {self.lmbda} came")
-        named(POTENTIALS, self.potential, "potential")
-        named({**TEMPERING, "adaptive": None}, self.tempering, "tempering")
+        named(POTENTIALS, self.potential, "potential", or_function=True)
+        named({**TEMPERING, "adaptive": None}, self.tempering, "tempering", or_function=True)
         named(smc.RESAMPLERS, self.resampling, "resampling scheme")
         for name in ("ess_threshold", "target_ess"):
             value = getattr(self, name)
@@ -188,7 +188,9 @@ class Population:
             The ancestors ``(P, K)``, or None if no prompt was resampled.
         """
         self.history = torch.cat([self.history, rewards.double().cpu()[:, None]], 1)
-        functional = named(POTENTIALS, self.fk.potential, "potential")(self.history)
+        functional = named(POTENTIALS, self.fk.potential, "potential", or_function=True)(
+            self.history
+        )
         if functional.shape != rewards.shape:
             raise ValueError(
                 f"the potential returned shape {tuple(functional.shape)} for histories "
@@ -233,7 +235,7 @@ class Population:
             roots=state.num_roots(),
             ess=torch.stack([*state.ess_history, state.ess()]),
             ancestors=torch.stack(state.ancestors) if state.ancestors else none,
-            lmbdas=torch.stack(self.lmbdas) if self.lmbdas else torch.zeros(0, p),
+            lmbdas=torch.stack(self.lmbdas) if self.lmbdas else none[:, :, 0].double(),
             steps=self.steps,
             best_of_n=best_of_n,
         )
@@ -255,7 +257,7 @@ class Population:
     def _temper(self, fraction: float, s: Float[Tensor, " n"]) -> Float[Tensor, " P"]:
         target = torch.full_like(self.lmbda, self.fk.lmbda)
         if self.fk.tempering != "adaptive":
-            factor = named(TEMPERING, self.fk.tempering, "tempering")(fraction)
+            factor = named(TEMPERING, self.fk.tempering, "tempering", or_function=True)(fraction)
             if not math.isfinite(factor):
                 raise ValueError(f"tempering({fraction}) is {factor}; expected a finite number")
             return target * factor

@@ -1214,3 +1214,11 @@ def test_product_of_potentials_along_each_lineage(potential, ess_threshold):
     # the terminal reward is that of what is returned
     assert rewards[h] == result.scores.value.double().view(p, k).tolist()
     assert torch.equal(result.scores.value, linear(result.particles).float())
+
+
+def test_functions_are_taken_for_names_only_where_they_can_be():
+    from diffreward.steering.feynman_kac import named
+
+    with pytest.raises(ValueError, match="unknown resampling scheme"):
+        named({"systematic": None}, len, "resampling scheme")
+    assert named({}, len, "potential", or_function=True) is len
