@@ -36,6 +36,7 @@ _PUBLIC = {
     "SteeringResult": "steering",
     "steer": "steering",
     "steered": "steering",
+    "score": "scoring",
 }
 
 __all__ = [*_PUBLIC, "__version__"]
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
         register_reward,
     )
     from diffreward.samples import Samples
+    from diffreward.scoring import score
     from diffreward.steering import FeynmanKac, SteeringResult, steer, steered
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``diffreward steer | rewards | doctor``.
+"""The command line: ``diffreward steer | score | rewards | doctor``.
 
 A verb is a function from its arguments to the exit code; `VERBS` lists them. It reads its
 configuration (:mod:`diffreward.config`), calls the library, and reports
@@ -24,7 +24,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 
 from diffreward import __version__
-from diffreward.config import SteerConfig, UsageError, parse, read_prompts, to_yaml
+from diffreward.config import (
+    SAMPLES,
+    ScoreConfig,
+    SteerConfig,
+    UsageError,
+    lists_of_words,
+    parse,
+    read_prompts,
+    to_yaml,
+)
 
 # --------------------------------------------------------------------------------------------
 # diffreward steer
@@ -82,6 +91,7 @@ def _judges(config: SteerConfig, guide, prompts: list[str]) -> dict:
     """Label -> held-out reward and which prompts it can judge; a useless one is left out."""
     from diffreward import report
     from diffreward.rewards import make_reward
+    from diffreward.rewards.combine import distinct
 
     judges = {}
     for spec in config.judges:
@@ -90,12 +100,61 @@ def _judges(config: SteerConfig, guide, prompts: list[str]) -> dict:
             continue
         judge = make_reward(spec)
         can, problem = report.judge_prompts(judge, prompts)
-        label = report.distinct(judge.info.name, [guide.info.name, *judges])
+        label = distinct(judge.info.name, [guide.info.name, *judges])
         if any(can):
             judges[label] = judge, can
         else:
             say(f"{label} cannot judge these prompts and is left out: {problem}")
     return judges
+
+
+# --------------------------------------------------------------------------------------------
+# diffreward score
+# --------------------------------------------------------------------------------------------
+
+SCORE_EXAMPLES = """\
+examples:
+  diffreward score
+  diffreward score images/ more.csv --rewards colorfulness jpeg_compressibility --out scores.parquet
+  diffreward score shard-*.tar --rewards '{name: clip_score, model: ViT-L-14, pretrained: openai}'
+  torchrun --nproc_per_node 8 -m diffreward score images/ --out scores.parquet
+"""
+
+
+def score(argv: Sequence[str]) -> int:
+    """Score files by any rewards, resumably; one row a file, and a summary."""
+    words = lists_of_words(argv, "paths", "rewards")
+    config = parse(ScoreConfig, words, "diffreward score", SCORE_EXAMPLES)
+    options = dict(vars(config))
+    paths, rewards, out = (options.pop(name) for name in ("paths", "rewards", "out"))
+    paths = [paths] if isinstance(paths, str) else paths
+    if out is None and paths != [SAMPLES]:
+        out = "scores.parquet"
+    for spec in rewards:
+        if isinstance(spec, str) and os.path.exists(spec):
+            raise UsageError(f"{spec!r} is a path, not a reward; write paths before --rewards")
+    if isinstance(config.prompts, list) or str(config.prompts).endswith((".txt", ".jsonl")):
+        options["prompts"] = read_prompts(config.prompts)
+
+    from diffreward import report, scoring
+
+    with refusals():
+        found = scoring.score(paths, rewards, out=out, progress=True, **options)
+    if found.table is None:
+        say(f"done; other processes are still scoring, and the last of them writes {out}")
+        return 0
+    print(f"{report.score_summary(found.summary())}\n")
+    wrong = found.errors
+    for name, error in wrong[:3]:
+        say(f"{name}: {error}")
+    if len(wrong) > 3:
+        say(f"... and {len(wrong) - 3} more rows with an error")
+    about = f"{len(found)} rows" + (f", {len(wrong)} of them with an error" if wrong else "")
+    if found.computed:
+        about += f"; {found.computed} scored in {found.seconds:.1f} s, {found.rate:.1f} a second"
+        about += f", batch size {found.batch_size}"
+    print(about + (f"\nsee {out}" if out else "\n(--out FILE keeps the rows)"))
+    return 0
 
 
 # --------------------------------------------------------------------------------------------
@@ -202,6 +261,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "steer": steer,
+    "score": score,
     "rewards": rewards,
     "doctor": doctor,
 }

@@ -141,6 +141,48 @@ class SteerConfig:
 
 
 # --------------------------------------------------------------------------------------------
+# diffreward score
+# --------------------------------------------------------------------------------------------
+
+SAMPLES = "embedded:samples/manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Score files by any rewards, and go on where an interrupted run stopped
+
+    Args:
+        paths: folders, globs, images, .csv, .tsv, .jsonl or .parquet manifests, .tar shards,
+            Hugging Face datasets on disk, .fasta and .txt files; "embedded:..." is one of the
+            package's own.
+        rewards: names from `diffreward rewards`, or {name: ..., option: ...}.
+        out: .parquet, .jsonl or .csv file, which must not exist; null: scores.parquet (nothing
+            for the embedded samples). The same command again finishes an interrupted run.
+        prompts: one for all, or a list or file (.txt, .jsonl) with one for each input, in their
+            order; null: those that come with the inputs.
+        data_column: of manifests, with the image, text or sequence; null: the usual names.
+        prompt_column: of manifests; null: prompt, caption or text.
+        batch_size: null: what fits into the memory of the GPU; 32 on a CPU.
+        num_workers: processes that decode; null: by the number of cores.
+        shard_rows: rows that are written, and lost by a kill, together.
+        device: cpu, cuda, cuda:1, mps, ...; null: CUDA if there is one.
+    """
+
+    paths: str | list[str] = field(default_factory=lambda: [SAMPLES])
+    rewards: list[str | dict[str, Any]] = field(
+        default_factory=lambda: ["clip_score", "colorfulness"]
+    )
+    out: str | None = None
+    prompts: str | list[str] | None = None
+    data_column: str | None = None
+    prompt_column: str | None = None
+    batch_size: int | None = None
+    num_workers: int | None = None
+    shard_rows: int = 256
+    device: str | None = None
+
+
+# --------------------------------------------------------------------------------------------
 # Reading and writing
 # --------------------------------------------------------------------------------------------
 
@@ -220,6 +262,49 @@ def nearest_option(key: str, known: Sequence[str]) -> str | None:
     last = {name.split(".")[-1]: name for name in known}
     near = difflib.get_close_matches(key.split(".")[-1], last, n=1)
     return last[near[0]] if near else None
+
+
+def lists_of_words(argv: Sequence[str], positional: str, *many: str) -> list[str]:
+    """``a b --rewards x y`` as ``--paths [a, b] --rewards [x, y]``, which `parse` reads.
+
+    Args:
+        argv: a command line.
+        positional: the option which words belong to that follow no option.
+        many: options that take all the words that follow them; the others take one.
+    """
+    found: dict[str, list[str]] = {}
+    rest, taker, takes_next = [], positional, False
+    for word in argv:
+        if word.startswith("-"):
+            name = word.lstrip("-")
+            taker = name if name in many else positional
+            takes_next = name not in many and "=" not in word and name not in _SWITCHES
+            if name in many:
+                found.setdefault(name, [])
+            else:
+                rest.append(word)
+        elif takes_next:
+            rest.append(word)
+            takes_next = False
+        else:
+            found.setdefault(taker, []).append(word)
+    for name, words in found.items():
+        rest.append(f"--{name}")
+        if len(words) == 1 and words[0].startswith("[") and words[0].endswith("]"):
+            rest += words
+        elif words:
+            rest.append(json.dumps(words if name == positional else [_value(w) for w in words]))
+    return rest
+
+
+_SWITCHES = ("h", "help", "print_config")  # options without a value
+
+
+def _value(word: str) -> Any:
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError as err:
+        raise UsageError(f"{word!r} is no YAML: {' '.join(str(err).split())}") from err
 
 
 def to_yaml(config: Any) -> str:

@@ -251,14 +251,24 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 3) ->
 
 
 # --------------------------------------------------------------------------------------------
-# Steering
+# Scoring
 # --------------------------------------------------------------------------------------------
 
 
-def distinct(name: str, taken: Sequence[str]) -> str:
-    """``name``, numbered if it is among ``taken``: two rewards may differ in their options only."""
-    names = [name, *(f"{name} {n}" for n in range(2, len(taken) + 2))]
-    return next(n for n in names if n not in taken)
+def score_summary(summary: dict[str, dict[str, float | int]]) -> str:
+    """A line per reward: how many rows it scored, and how its values spread."""
+    header = ["reward", "count", "errors", "mean", "std", "p5", "p50", "p95"]
+    rows = [
+        [label, *(str(found[name]) for name in header[1:3])]
+        + [f"{found[name]:.4g}" for name in header[3:]]
+        for label, found in summary.items()
+    ]
+    return table(header, rows)
+
+
+# --------------------------------------------------------------------------------------------
+# Steering
+# --------------------------------------------------------------------------------------------
 
 
 def judge_prompts(judge: Reward, prompts: Sequence[str]) -> tuple[list[bool], str]:

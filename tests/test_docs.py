@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from diffreward.cli import main
+from diffreward.config import SteerConfig, parse
+from diffreward.rewards import make_reward
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # run by .ci/run, which this suite is part of
@@ -44,6 +48,24 @@ def commands() -> list:
 def test_python_block_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "block", "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml_block_is_a_configuration(text, tmp_path):
+    file = tmp_path / "shown.yaml"
+    file.write_text(text)
+    config = parse(SteerConfig, ["--config", str(file)], "shown")
+    if "url" not in config.reward:  # "remote" needs a server: tests/test_serve.py
+        make_reward(config.reward)
+
+
+@pytest.mark.parametrize("block", blocks("console"))
+def test_console_block_parses(block):
+    """What waits for ever is not run, but its options are read."""
+    verbs = re.findall(r"^\$ diffreward ([^#\n]*)", block, re.M)
+    assert verbs
+    for verb in verbs:
+        assert main([*shlex.split(verb), "--print_config"]) == 0
 
 
 @pytest.mark.parametrize("command", commands())

@@ -100,12 +100,6 @@ def test_table():
     assert shown.splitlines() == ["| name | ab |", "| ---- | -: |", "| x    |  1 |"]
 
 
-def test_distinct_names():
-    assert report.distinct("a", []) == "a"
-    assert report.distinct("a", ["a", "b"]) == "a 2"
-    assert report.distinct("a", ["a", "a 2"]) == "a 3"
-
-
 # -- pictures -----------------------------------------------------------------------------------
 
 

@@ -1,6 +1,17 @@
 """Rewards: higher is better, one number per sample. The contract is in :mod:`.base`."""
 
-from diffreward.rewards import image, shapes  # noqa: F401  (they enter their rewards in the registry)
+from diffreward.rewards import (  # noqa: F401  (they enter their rewards in the registry)
+    combine,
+    image,
+    image_reward,
+    preference,
+    probes,
+    remote,
+    shapes,
+    text,
+    uncertainty,
+    vlm,
+)
 from diffreward.rewards.base import (
     Reward,
     RewardInfo,
@@ -11,6 +22,7 @@ from diffreward.rewards.base import (
     evaluate,
     make_reward,
     register_reward,
+    require_gradient,
 )
 
 __all__ = [
@@ -23,4 +35,5 @@ __all__ = [
     "evaluate",
     "make_reward",
     "register_reward",
+    "require_gradient",
 ]

@@ -16,6 +16,8 @@ options::
         return lambda samples: samples.data.pow(power).mean(dim=(1, 2, 3))
 
     make_reward({"name": "brightness", "power": 2.0})
+    make_reward({"brightness": {"power": 2.0}})  # the same, shorter
+    make_reward({"brightness": 2.0})  # shorter still: the first option
 
 Heavy imports belong inside the factory: this package imports none of open_clip, transformers and
 diffusers.
@@ -139,7 +141,8 @@ class Reward(Protocol):
 
 
 RewardSpec = str | Mapping | Reward | Callable[[Samples], Any]
-"""A name, ``{"name": ..., option: value}``, a reward, or a callable ``Samples -> Tensor``."""
+"""A name, ``{"name": ..., option: value}`` or ``{NAME: {option: value}}``, a reward, or a callable
+``Samples -> Tensor``; see :func:`make_reward`."""
 
 
 # --------------------------------------------------------------------------------------------
@@ -157,7 +160,9 @@ def evaluate(reward: RewardSpec, samples: Samples) -> Scores:
 
     Returns:
         Scores with ``value`` float32 ``(b,)`` on the device of the samples, with the gradient it
-        came with. ``-inf`` is a legal value: a hard constraint that is not met.
+        came with; a reward that declares it is not differentiable gives none, lest half a
+        gradient be taken for a whole one. ``-inf`` is a legal value: a hard constraint that is
+        not met.
 
     Raises:
         ValueError: before the reward is called, if there are no samples, if their modality is not
@@ -171,7 +176,37 @@ def evaluate(reward: RewardSpec, samples: Samples) -> Scores:
     _check_input(reward.info, samples)
     scores = _as_scores(reward(samples), reward.info, samples)
     _check_numbers(scores, reward.info, samples)
+    if reward.info.differentiable is False:
+        std = None if scores.std is None else scores.std.detach()
+        parts = {name: part.detach() for name, part in scores.parts.items()}
+        scores = Scores(scores.value.detach(), std, parts)
     return scores
+
+
+def require_gradient(
+    reward: Reward, value: Tensor | None = None, *, what: str = "this", instead: str = ""
+) -> None:
+    """Refuse to differentiate a reward that has no gradient.
+
+    Args:
+        reward: of which a gradient will be asked.
+        value: what it gave, if it was called already: then it must carry a gradient, too.
+        what: who asks, for the message.
+        instead: what to do, for the message.
+
+    Raises:
+        ValueError: the reward declares it is not differentiable, or ``value`` has no gradient.
+    """
+    advice = f"; {instead}" if instead else ""
+    if reward.info.differentiable is False:
+        raise ValueError(
+            f"{what} needs a differentiable reward, and {reward.info.name!r} is not one{advice}"
+        )
+    if value is not None and not value.requires_grad:
+        raise ValueError(
+            f"{what} needs a gradient, and reward {reward.info.name!r} gave values without "
+            f"one{advice}"
+        )
 
 
 def as_reward(function: RewardSpec, info: RewardInfo | None = None) -> Reward:
@@ -245,34 +280,35 @@ def _as_scores(raw: Any, info: RewardInfo, samples: Samples) -> Scores:
     std, parts = (scores.std, scores.parts) if scores else (None, {})
     value = scores.value if scores else raw
 
-    def vector(tensor: Any, what: str) -> Tensor:
-        b, who = len(samples), f"reward {info.name!r}"
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{who} returned {type(tensor).__name__} as {what}, expected a tensor of shape "
-                f"({b},); convert it with torch.tensor(...)"
-            )
-        if tensor.shape != (b,):
-            hint = "it must be one number for each sample, never a mean over the batch"
-            if tensor.numel() == b:
-                hint = "flatten it with .reshape(-1)"
-            raise ValueError(
-                f"{who} returned {what} of shape {tuple(tensor.shape)}, expected ({b},) for "
-                f"{b} samples; {hint}"
-            )
-        if not tensor.is_floating_point() and not what.startswith("part"):
-            raise TypeError(
-                f"{who} returned {what} of dtype {tensor.dtype}, expected a floating-point "
-                "tensor; convert it with .float()"
-            )
-        device = samples.data.device if isinstance(samples.data, Tensor) else tensor.device
-        return tensor.to(device=device, dtype=torch.float32)
-
     return Scores(
-        vector(value, "value"),
-        None if std is None else vector(std, "std"),
-        {name: vector(part, f"part {name!r}") for name, part in parts.items()},
+        _vector(value, "value", info, samples),
+        None if std is None else _vector(std, "std", info, samples),
+        {name: _vector(part, f"part {name!r}", info, samples) for name, part in parts.items()},
     )
+
+
+def _vector(tensor: Any, what: str, info: RewardInfo, samples: Samples) -> Tensor:
+    b, who = len(samples), f"reward {info.name!r}"
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{who} returned {type(tensor).__name__} as {what}, expected a tensor of shape "
+            f"({b},); convert it with torch.tensor(...)"
+        )
+    if tensor.shape != (b,):
+        hint = "it must be one number for each sample, never a mean over the batch"
+        if tensor.numel() == b:
+            hint = "flatten it with .reshape(-1)"
+        raise ValueError(
+            f"{who} returned {what} of shape {tuple(tensor.shape)}, expected ({b},) for "
+            f"{b} samples; {hint}"
+        )
+    if not tensor.is_floating_point() and not what.startswith("part"):
+        raise TypeError(
+            f"{who} returned {what} of dtype {tensor.dtype}, expected a floating-point "
+            "tensor; convert it with .float()"
+        )
+    device = samples.data.device if isinstance(samples.data, Tensor) else tensor.device
+    return tensor.to(device=device, dtype=torch.float32)
 
 
 def _check_numbers(scores: Scores, info: RewardInfo, samples: Samples) -> None:
@@ -367,8 +403,9 @@ def make_reward(spec: RewardSpec, /, **options: Any) -> Reward:
     """Build a reward.
 
     Args:
-        spec: a registered name; a mapping ``{"name": ..., option: value, ...}``; a reward
-            (returned unchanged); or a callable ``Samples -> Tensor | Scores``.
+        spec: a registered name; a mapping ``{"name": ..., option: value, ...}``; the same for
+            short, ``{NAME: {option: value, ...}}``, or ``{NAME: value}`` for the first option; a
+            reward (returned unchanged); or a callable ``Samples -> Tensor | Scores``.
         **options: the reward's options, as in the mapping.
 
     Raises:
@@ -379,9 +416,7 @@ def make_reward(spec: RewardSpec, /, **options: Any) -> Reward:
     if isinstance(spec, str):
         spec = {"name": spec}
     if isinstance(spec, Mapping):
-        chosen = {**spec, **options}
-        if not isinstance(chosen.get("name"), str):
-            raise ValueError(f"a reward spec needs a 'name', but {dict(spec)!r} has none")
+        chosen = {**_in_full(spec), **options}
         entry = find_reward(chosen.pop("name"))
         _check_options(entry, chosen)
         return as_reward(entry.factory(**chosen), entry.info)
@@ -392,6 +427,40 @@ def make_reward(spec: RewardSpec, /, **options: Any) -> Reward:
             f"but {', '.join(options)} came"
         )
     return reward
+
+
+def _in_full(spec: Mapping) -> dict[str, Any]:
+    """The spec as ``{"name": ..., option: value}``, whichever way it was written."""
+    if isinstance(spec.get("name"), str):
+        return dict(spec)
+    if len(spec) != 1 or "name" in spec or not isinstance(next(iter(spec)), str):
+        raise ValueError(
+            f"a reward spec needs a 'name', but {dict(spec)!r} has none; write "
+            "{'name': REWARD, 'option': value} or {REWARD: {'option': value}}"
+        )
+    ((name, given),) = spec.items()
+    try:
+        entry = find_reward(name)
+    except ValueError as err:
+        raise ValueError(
+            f"a reward spec needs a 'name' or a reward as its only key, but {dict(spec)!r} has "
+            f"neither: {err}"
+        ) from None
+    if given is None:  # "NAME:" in YAML
+        return {"name": name}
+    options = inspect.signature(entry.factory).parameters.values()
+    named = [o.name for o in options if o.kind not in (o.VAR_KEYWORD, o.VAR_POSITIONAL)]
+    first = named[0] if named else None
+    if not isinstance(given, Mapping):
+        if first is None:
+            raise ValueError(f"reward {entry.info.name!r} takes no option, but {given!r} came")
+        return {"name": name, first: given}
+    if "name" in given:
+        raise ValueError(
+            f"the options of {name!r} have a 'name': to give it a reward, say for which option, "
+            f"{{{name!r}: {{{first!r}: {dict(given)!r}}}}}"
+        )
+    return {"name": name, **given}
 
 
 def available_rewards() -> dict[str, RewardInfo]:

@@ -1,23 +1,26 @@
 """Rewards for images, float32 RGB in [0, 1], ``(b, 3, h, w)``.
 
-``clip_score`` and ``clip_judge`` compare an image with its prompt; the others need no weights.
+``clip_score`` and ``clip_judge`` compare an image with its prompt, ``aesthetic`` rates the image
+alone; the others need no weights.
 """
 
 import difflib
 import io
 import math
-import warnings
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from PIL import Image, ImageColor
-from torch import Tensor
+from safetensors.torch import load_file as load_safetensors
+from torch import Tensor, nn
 
-from diffreward._assets import asset_path
 from diffreward.rewards.base import RewardInfo, Scores, register_reward
+from diffreward.rewards.combine import safe_sqrt
+from diffreward.rewards.towers import CosineReward, Tower, TowerReward, load_tower, weights_file
 from diffreward.samples import Samples
 
 # --------------------------------------------------------------------------------------------
@@ -32,47 +35,49 @@ _CLIP = dict(
     licence="Apache-2.0 (embedded); otherwise that of the weights",
     source="Radford et al. 2021, arXiv:2103.00020",
 )
-_TEXT_CACHE_SIZE = 4096  # prompts; at 1024 features this is 16 MB
 
 
 @register_reward("clip_score", weights="embedded:clip_guide", **_CLIP)
 def clip_score(
-    model: str = "embedded:clip_guide", pretrained: str | None = None, chunk_size: int = 64
+    model: str = "embedded:clip_guide",
+    pretrained: str | None = None,
+    chunk_size: int = 64,
+    exact: bool = False,
 ) -> "ClipScore":
     """Cosine of the CLIP embeddings of the image and its prompt.
 
     Args:
         model: ``"embedded:clip_guide"``, ``"embedded:clip_judge"``, ``"local-dir:PATH"`` (a
-            folder in open_clip's layout), ``"hf-hub:ORG/REPO"``, or an open_clip architecture
-            such as ``"ViT-L-14"``.
+            folder in open_clip's layout), ``"hf-hub:ORG/REPO"``, an open_clip architecture such
+            as ``"ViT-L-14"``, or ``"transformers:ORG/NAME"`` or ``"transformers:PATH"`` (CLIP or
+            SigLIP).
         pretrained: for an architecture: its open_clip tag (``"openai"``) or a checkpoint file.
         chunk_size: images (or new prompts) given to the network at once.
+        exact: resize in PIL with 8 bits, as the originals do; without gradient.
     """
-    return ClipScore(model, pretrained, chunk_size)
+    return ClipScore(model, pretrained, chunk_size, exact=exact)
 
 
 @register_reward("clip_judge", weights="embedded:clip_judge", **_CLIP)
-def clip_judge(chunk_size: int = 64) -> "ClipScore":
+def clip_judge(chunk_size: int = 64, exact: bool = False) -> "ClipScore":
     """clip_score by the second embedded CLIP, held out to judge what the first one guided."""
-    return ClipScore("embedded:clip_judge", None, chunk_size, name="clip_judge")
+    return ClipScore("embedded:clip_judge", None, chunk_size, name="clip_judge", exact=exact)
 
 
-class ClipScore:
-    """Cosine similarity of image and prompt in an open_clip model, in [-1, 1].
+class ClipScore(CosineReward):
+    """Cosine similarity of image and prompt in a CLIP, in [-1, 1].
 
     A plain cosine: not multiplied by the model's logit scale, by 100 or by 2.5, and not clipped
     at zero. Differentiable in the images. The network is frozen, in eval mode and in float32; it
     follows the samples' device. Prompts are encoded once each and remembered.
 
     Args:
-        model, pretrained, chunk_size: see :func:`clip_score`.
+        model, pretrained, chunk_size, exact: see :func:`clip_score`.
         name: what the reward is called in reports.
 
     Raises:
-        FileNotFoundError: the embedded asset, the folder or the checkpoint is missing.
-        ValueError: an unknown architecture, no or unknown ``pretrained`` for an architecture
-            (its weights would be random), or ``pretrained`` beside a folder or hub id.
-        RuntimeError: open_clip could not load or download the weights.
+        FileNotFoundError, ValueError, RuntimeError, OSError: see
+            :func:`~diffreward.rewards.towers.load_tower`.
     """
 
     def __init__(
@@ -81,172 +86,155 @@ class ClipScore:
         pretrained: str | None = None,
         chunk_size: int = 64,
         name: str = "clip_score",
+        exact: bool = False,
     ) -> None:
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, but {chunk_size} came")
-        weights = model if pretrained is None else f"{model} ({pretrained})"
-        self.info = RewardInfo(
+        weights = _named(model, pretrained)
+        info = RewardInfo(
             name=name, weights=weights, description=f"CLIP cosine, {weights}", **_CLIP
         )
-        self.chunk_size = chunk_size
-        self.network, self._tokenizer = _load_open_clip(model, pretrained)
-        self.network.requires_grad_(False).eval()
-        self._text: dict[str, Tensor] = {}
+        tower = load_tower(model, pretrained)
+        super().__init__(info, tower, exact=exact, chunk_size=chunk_size)
 
-    def __call__(self, samples: Samples) -> Scores:
-        self.to(samples.data.device)
-        text = self.text_features(samples.prompts)
-        return Scores((self.image_features(samples.data) * text).sum(dim=-1))
-
-    def to(self, device: torch.device | str) -> "ClipScore":
-        """Move the network; a call does this by itself to where its samples are."""
-        device = torch.device(device)
-        if next(self.network.parameters()).device != device:
-            # Not in the caller's inference mode: the weights must stay usable for gradients.
-            with torch.inference_mode(False):
-                self.network.to(device)
-                self._text.clear()
-        return self
-
-    def image_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Unit-norm image embeddings, differentiable."""
-        cfg = self.network.visual.preprocess_cfg
-        chunks = [
-            self.network.encode_image(preprocess(chunk.float(), **_sizes(cfg)), normalize=True)
-            for chunk in images.split(self.chunk_size)
-        ]
-        return torch.cat(chunks).float()
-
-    def text_features(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """Unit-norm prompt embeddings, without gradient."""
-        unique = dict.fromkeys(prompts)
-        features = {prompt: self._text[prompt] for prompt in unique if prompt in self._text}
-        new = [prompt for prompt in unique if prompt not in features]
-        with torch.no_grad():
-            for start in range(0, len(new), self.chunk_size):
-                chunk = new[start : start + self.chunk_size]
-                encoded = self.network.encode_text(self._tokenize(chunk), normalize=True)
-                features.update(zip(chunk, encoded.float(), strict=True))
-        self._text.update(features)
-        while len(self._text) > _TEXT_CACHE_SIZE:
-            del self._text[next(iter(self._text))]  # the oldest
-        return torch.stack([features[prompt] for prompt in prompts])
-
-    def _tokenize(self, prompts: list[str]) -> Int[Tensor, "b l"]:
-        tokens = self._tokenizer(prompts)
-        length = tokens.shape[1]
-        # open_clip truncates silently. With more room, a prompt that fits has padding (or its
-        # end) at the last place of the short row, as the short row has; one that does not fit
-        # has a word there. ("clips" rows end in a class token: not comparable.)
-        if not getattr(self._tokenizer, "tokenizer_mode", ""):
-            roomy = self._tokenizer(prompts, context_length=2 * length)
-            for i in (tokens[:, -1] != roomy[:, length - 1]).nonzero()[:, 0].tolist():
-                warnings.warn(
-                    f"reward {self.info.name!r} reads only the first {length} tokens of "
-                    f"{prompts[i]!r}",
-                    stacklevel=2,
-                )
-        return tokens.to(next(self.network.parameters()).device)
+    @property
+    def network(self) -> nn.Module:
+        """The CLIP itself."""
+        return self.tower.network
 
 
-def _load_open_clip(model: str, pretrained: str | None) -> tuple[torch.nn.Module, Callable]:
-    """A network with weights (never random ones) and its tokenizer; see :class:`ClipScore`."""
-    import open_clip
-
-    if model.startswith("embedded:"):
-        model = f"local-dir:{asset_path(model.removeprefix('embedded:'))}"
-    quick_gelu = False
-    if model.startswith(("local-dir:", "hf-hub:")):
-        if pretrained is not None:
-            raise ValueError(f"{model!r} has its own weights; leave out pretrained={pretrained!r}")
-        if model.startswith("local-dir:"):
-            config = Path(model.removeprefix("local-dir:")) / "open_clip_config.json"
-            if not config.is_file():
-                raise FileNotFoundError(f"{config} is missing: not a folder saved by open_clip")
-    else:
-        model = model.replace("/", "-")
-        if model not in open_clip.list_models():
-            near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
-            raise ValueError(
-                f"open_clip has no architecture {model!r}"
-                + (f"; did you mean {', '.join(near)}?" if near else "")
-                + " (For a folder write 'local-dir:PATH', for the hub 'hf-hub:ORG/REPO'.)"
-            )
-        tags = open_clip.list_pretrained_tags_by_model(model)
-        if pretrained is None or not (pretrained in tags or Path(pretrained).is_file()):
-            came = "none came" if pretrained is None else f"{pretrained!r} is neither"
-            raise ValueError(
-                f"{model!r} needs pretrained=, a checkpoint file or one of "
-                f"{', '.join(tags) or '(no tags)'}; {came}"
-            )
-        # open_clip only warns when a tag was trained with another GELU than the architecture's.
-        tag = open_clip.get_pretrained_cfg(model, pretrained) if pretrained in tags else {}
-        quick_gelu = bool(tag.get("quick_gelu", False))
-    network = open_clip.create_model(
-        model, pretrained=pretrained, require_pretrained=True, force_quick_gelu=quick_gelu
-    )
-    return network, open_clip.get_tokenizer(model)
+def _named(model: str, pretrained: str | None) -> str:
+    return model if pretrained is None else f"{model} ({pretrained})"
 
 
-def _sizes(cfg: dict) -> dict:
-    """open_clip's ``preprocess_cfg`` as arguments of :func:`preprocess`."""
-    size = cfg["size"]
-    return dict(
-        size=(size, size) if isinstance(size, int) else tuple(size),
-        mean=tuple(cfg["mean"]),
-        std=tuple(cfg["std"]),
-        interpolation="bilinear" if cfg["interpolation"] == "bilinear" else "bicubic",
-        resize_mode=cfg["resize_mode"],
-        fill=cfg["fill_color"] / 255,
-    )
+# --------------------------------------------------------------------------------------------
+# Aesthetics: a linear head on normalised image embeddings
+# --------------------------------------------------------------------------------------------
+
+_LAION_HEAD = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
+_AESTHETIC = dict(
+    modality="image",
+    differentiable=True,
+    licence="Apache-2.0 (head); MIT (OpenAI CLIP)",
+    source="Schuhmann 2022, improved-aesthetic-predictor; LAION-5B, arXiv:2210.08402",
+)
 
 
-def preprocess(
-    images: Float[Tensor, "b 3 h w"],
-    *,
-    size: tuple[int, int],
-    mean: Sequence[float | int],
-    std: Sequence[float | int],
-    interpolation: str = "bicubic",
-    resize_mode: str = "shortest",
-    fill: float = 0.0,
-) -> Float[Tensor, "b 3 H W"]:
-    """Resize, crop or pad to ``size`` (H, W), and normalise: open_clip's transform, on tensors.
-
-    The same filter as PIL's (antialiased, in float where PIL rounds to 8 bits), differentiable.
+@register_reward("aesthetic", weights=f"ViT-L-14 (openai) + {_LAION_HEAD}", **_AESTHETIC)
+def aesthetic(
+    head: str = _LAION_HEAD,
+    model: str = "ViT-L-14",
+    pretrained: str | None = None,
+    chunk_size: int = 64,
+    exact: bool = False,
+) -> "AestheticScore":
+    """LAION's improved aesthetic predictor: a rating from about 1 to 10.
 
     Args:
-        resize_mode: ``"shortest"``: the image covers the target and is cropped at its centre;
-            ``"longest"``: it fits inside and is padded; ``"squash"``: its aspect is not kept.
-        fill: value of the padding, in [0, 1].
+        head: its weights, ``sac+logos+ava1-l14-linearMSE.pth``: a file, or ``ORG/REPO/FILE`` on
+            the hub (by default TRL's copy).
+        model, pretrained: the CLIP it was trained on, as in :func:`clip_score`, with which it
+            shares the tower; by default OpenAI's ViT-L-14.
+        chunk_size, exact: as in :func:`clip_score`.
     """
-    h, w = images.shape[-2:]
-    if resize_mode == "squash":
-        resized = size
-    elif resize_mode == "shortest" and size[0] == size[1]:
-        # open_clip leaves this case to torchvision's Resize, which truncates.
-        resized = (int(size[0] * h / min(h, w)), int(size[0] * w / min(h, w)))
+    if pretrained is None and model.replace("/", "-") == "ViT-L-14":
+        pretrained = "openai"
+    weights = f"{_named(model, pretrained)} + {head}"
+    info = RewardInfo(
+        name="aesthetic", weights=weights, description=f"LAION aesthetics, {weights}", **_AESTHETIC
+    )
+    mlp = load_aesthetic_head(head)  # first: a wrong path shows before a gigabyte is loaded
+    return AestheticScore(
+        info, load_tower(model, pretrained), head=mlp, exact=exact, chunk_size=chunk_size
+    )
+
+
+class AestheticScore(TowerReward):
+    """A head on unit-norm image embeddings; needs no prompts.
+
+    Args:
+        head: maps ``(b, d)`` to ``(b, 1)``, see :func:`load_aesthetic_head`.
+    """
+
+    def __init__(self, info: RewardInfo, tower: Tower, *, head: nn.Sequential, **options: Any):
+        super().__init__(info, tower, **options)
+        self.head = head
+
+    def score_prepared(
+        self, prepared: Float[Tensor, "b 3 H W"], prompts: Sequence[str] | None = None
+    ) -> Scores:
+        features, reads = self.encode(prepared), self.head[0].in_features
+        if features.shape[1] != reads:
+            raise ValueError(
+                f"reward {self.info.name!r}: its head reads embeddings of {reads} numbers, but "
+                f"{self.tower.name} gives {features.shape[1]}: it was trained on another tower"
+            )
+        with torch.inference_mode(False):
+            self.head.to(features.device)
+        return Scores(self.head(features).squeeze(-1))
+
+    def to(self, device: torch.device | str) -> "AestheticScore":
+        self.head.to(device)
+        return super().to(device)
+
+
+def load_aesthetic_head(path: str | Path) -> nn.Sequential:
+    """The head of LAION's improved aesthetic predictor, frozen: ``(b, 768)`` to ``(b, 1)``.
+
+    Five linear layers, 768-1024-128-64-16-1 in the published one, with dropout between them in
+    training and no activation: as a function of the embedding it is affine.
+
+    Args:
+        path: of the published ``.pth`` or the same tensors in safetensors, named
+            ``layers.{0,2,4,6,7}.{weight,bias}``; or ``ORG/REPO/FILE`` on the hub.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: other tensors than these are in it (such as those of the variants with ReLU).
+    """
+    return load_linear_head(path, [f"layers.{i}" for i in (0, 2, 4, 6, 7)])
+
+
+def load_linear_head(path: str | Path, layers: Sequence[str]) -> nn.Sequential:
+    """Linear layers without activations, frozen, in float32, from a file of their weights.
+
+    Args:
+        path: ``.safetensors``, or what ``torch.load(weights_only=True)`` reads.
+        layers: their names in the file, in order; nothing else may be in it.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`load_aesthetic_head`.
+    """
+    file = weights_file(str(path))
+    if file.endswith(".safetensors"):
+        weights = load_safetensors(file)
     else:
-        choose = max if resize_mode == "longest" else min
-        ratio = choose(h / size[0], w / size[1])
-        resized = (round(h / ratio), round(w / ratio))
-    if resized != (h, w):
-        images = F.interpolate(
-            images, size=resized, mode=interpolation, antialias=True, align_corners=False
-        ).clamp(0, 1)  # bicubic overshoots; PIL's pixels cannot
-    if resized != size:
-        images = _centre(images, size, fill)
-    shape = (1, 3, 1, 1)
-    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
-
-
-def _centre(images: Tensor, size: tuple[int, int], fill: float) -> Tensor:
-    """Pad, then crop, around the centre, with torchvision's rounding."""
-    extra = [max(target - now, 0) for target, now in zip(size, images.shape[-2:], strict=True)]
-    pad = [extra[1] // 2, (extra[1] + 1) // 2, extra[0] // 2, (extra[0] + 1) // 2]
-    images = F.pad(images, pad, value=fill)
-    top, left = (round((images.shape[dim] - size[dim]) / 2) for dim in (-2, -1))
-    return images[..., top : top + size[0], left : left + size[1]]
+        try:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as err:
+            raise ValueError(f"{file} is no file of weights: {err}") from err
+    names = [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+    if not isinstance(weights, Mapping) or set(weights) != set(names):
+        came = ", ".join(map(str, weights)) if isinstance(weights, Mapping) else type(weights)
+        raise ValueError(
+            f"{file} has not the layout of this head: expected {', '.join(names)}; it holds {came}"
+        )
+    shapes = [tuple(weights[f"{layer}.weight"].shape) for layer in layers]
+    widths = [shapes[0][-1], *(shape[0] for shape in shapes)]
+    if widths[-1] != 1 or shapes != list(zip(widths[1:], widths[:-1], strict=True)):
+        raise ValueError(
+            f"{file} has not the layout of this head: its layers do not lead from one to the next "
+            f"and to one number, their weights are {', '.join(map(str, shapes))}"
+        )
+    # Not in the caller's inference mode: the weights must stay usable for gradients.
+    with torch.inference_mode(False):
+        head = nn.Sequential(*map(nn.Linear, widths[:-1], widths[1:]))
+        head.load_state_dict(
+            {
+                f"{i}.{part}": weights[f"{layer}.{part}"]
+                for i, layer in enumerate(layers)
+                for part in ("weight", "bias")
+            }
+        )
+    return head.requires_grad_(False).eval()
 
 
 # --------------------------------------------------------------------------------------------
@@ -331,13 +319,7 @@ def hasler_colorfulness(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]
     opponents = torch.stack([red - green, (red + green) / 2 - blue])  # (2, b, pixels)
     variance = opponents.var(dim=-1, correction=0).sum(dim=0)
     mean_square = opponents.mean(dim=-1).square().sum(dim=0)
-    return _sqrt(variance) + 0.3 * _sqrt(mean_square)
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    """Square root whose gradient at zero is zero: a grey image must not give NaN."""
-    zero = x == 0
-    return torch.where(zero, torch.zeros_like(x), torch.where(zero, 1.0, x).sqrt())
+    return safe_sqrt(variance) + 0.3 * safe_sqrt(mean_square)
 
 
 @register_reward(

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from diffreward import smc
 from diffreward.policy import Policy, rollout, sample_generators
-from diffreward.rewards.base import Reward, Scores, evaluate, make_reward
+from diffreward.rewards.base import Reward, Scores, evaluate, make_reward, require_gradient
 from diffreward.samples import Samples
 from diffreward.steering.result import (
     BestOfN,
@@ -370,6 +370,9 @@ def steer(
     return result
 
 
+_GRADIENT = dict(what="proposal='gradient'", instead="use proposal='policy'")
+
+
 def check_options(
     reward: Reward,
     *,
@@ -396,11 +399,8 @@ def check_options(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, but {value} came")
     named({"policy": None, "gradient": None}, proposal, "proposal")
-    if proposal == "gradient" and reward.info.differentiable is False:
-        raise ValueError(
-            f"proposal='gradient' needs a differentiable reward, and {reward.info.name!r} is not "
-            "one; use proposal='policy'"
-        )
+    if proposal == "gradient":
+        require_gradient(reward, **_GRADIENT)
     if gradient_clip is not None and not 0 < gradient_clip < math.inf:
         raise ValueError(
             f"gradient_clip must be positive and finite (None: no clipping), but {gradient_clip} "
@@ -506,11 +506,7 @@ class _Walk:
             law = self.policy.step_law(x, i, self.condition)
             _check_law(law, "gradient", num)
             rewards = self.score_law(law, lmbda, num, generators)
-            if not rewards.requires_grad:
-                raise ValueError(
-                    f"proposal='gradient': reward {self.reward.info.name!r} gave values without a "
-                    "gradient; use proposal='policy', or a differentiable reward"
-                )
+            require_gradient(self.reward, rewards, **_GRADIENT)
             (gradient,) = torch.autograd.grad(rewards.sum(), x)
         rewards = rewards.detach()
         dead = (rewards == -math.inf).to(x.device).view(-1, *[1] * (x.ndim - 1))

@@ -47,7 +47,9 @@ from scripts.embedded.train_vae import LATENTS
 BATCH, RATE, EMA = 96, 8e-4, 0.999
 EMOJI_SHARE, EMPTY = 0.35, 0.1
 SIMPLE = ("heart", "food-fruit", "geometric", "face-smiling")  # drawn more often
+CENTRED = 0.7  # share of the emoji in their first placement, centred and upright
 SINGLE = 0.5  # single objects are learnt first: drawn less often
+NOISY = 0.7  # times are 1000 u^NOISY: what is drawn, and where, is decided at high noise
 PROMPTS = """a red circle;a blue square;a green star;a purple heart;an orange ring;a black triangle;
     a red heart and a yellow heart;a blue circle and a green square;a red star and a black ring;
     two green circles;three red hearts;four blue squares;three yellow stars;
@@ -141,7 +143,7 @@ def main() -> None:
     emoji = np.load(args.data / "latents_emoji.npy")
     scenes = np.load(args.data / "latents_scenes.npy", mmap_mode="r")
     counter = args.data / "latents_scenes.count"
-    odds = np.array([4.0 if row["subgroup"] in SIMPLE else 1.0 for row in rows])
+    odds = np.array([8.0 if row["subgroup"] in SIMPLE else 1.0 for row in rows])
     odds /= odds.sum()
     single = np.array([parse(caption).count == 1 for caption in captions])
     tok = tokenizer(args.data)
@@ -207,14 +209,16 @@ def main() -> None:
         if step % 100 == 0 or not ready:
             ready = int(counter.read_text())
         n = int(batch * EMOJI_SHARE)
-        chosen = rng.choice(len(rows), n, p=odds), rng.integers(emoji.shape[1], size=n)
+        placement = rng.integers(emoji.shape[1], size=n) * (rng.random(n) > CENTRED)
+        chosen = rng.choice(len(rows), n, p=odds), placement
         some = rng.integers(ready, size=2 * batch)
         some = some[~single[some] | (rng.random(len(some)) < SINGLE)][: batch - n]
         z = torch.from_numpy(np.concatenate([emoji[chosen], scenes[some]])).float()
         prompts = [emoji_caption(rows[i], pick) for i in chosen[0]] + [captions[i] for i in some]
         prompts = ["" if pick.random() < EMPTY else prompt for prompt in prompts]
         # Stratified times, shuffled so that no data source is tied to a noise level.
-        t = ((torch.rand(()) + torch.randperm(batch) / batch) % 1 * 1000).long()
+        u = (torch.rand(()) + torch.randperm(batch) / batch) % 1
+        t = (1000 * u**NOISY).long().clamp(max=999)
         noise = torch.randn_like(z)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = text(tokens(tok, prompts))[0]

@@ -2,10 +2,12 @@
 
 import functools
 import math
+import random
 import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,8 +21,9 @@ from diffreward.rewards import (
     evaluate,
     make_reward,
     register_reward,
+    require_gradient,
 )
-from diffreward.rewards.testing import check_reward
+from diffreward.rewards.testing import check_exact_agrees, check_reward
 from diffreward.samples import Samples
 
 
@@ -165,6 +168,33 @@ def test_evaluate_scores_text_and_tokens():
     assert evaluate(lambda s: s.data.float().mean(1), tokens).value.tolist() == [0.5, 1]
 
 
+def test_a_reward_without_gradient_says_so_instead_of_giving_half_of_one(images):
+    data = images.data.clone().requires_grad_()
+    samples = Samples(data, "image")
+
+    def half(samples):
+        value = brightness(samples) + brightness(samples).detach()
+        return Scores(value, value * 0.1, {"half": value})
+
+    jagged = as_reward(half, RewardInfo("jagged", differentiable=False))
+    scores = evaluate(jagged, samples)
+    for tensor in (scores.value, scores.std, scores.parts["half"]):
+        assert not tensor.requires_grad
+    torch.testing.assert_close(scores.value, 2 * images.data.mean(dim=(1, 2, 3)))
+    with pytest.raises(
+        ValueError,
+        match="^DRaFT needs a differentiable reward, and 'jagged' is not one; use DDPO$",
+    ):
+        require_gradient(jagged, what="DRaFT", instead="use DDPO")
+
+    undeclared = as_reward(half)
+    assert evaluate(undeclared, samples).value.requires_grad
+    require_gradient(undeclared)
+    require_gradient(undeclared, evaluate(undeclared, samples).value)
+    with pytest.raises(ValueError, match="^this needs a gradient, and reward 'half' gave values"):
+        require_gradient(undeclared, evaluate(undeclared, images).value)
+
+
 def test_shapes_are_enforced_in_tests():
     with pytest.raises(Exception, match="Float"):
         Scores(torch.zeros(2, 1))
@@ -288,6 +318,38 @@ def test_specs_that_are_wrong_say_what_is_right():
 
 
 @pytest.mark.usefixtures("registry")
+def test_a_spec_for_short_is_the_spec_in_full(images):
+    @register_reward("power_mean")
+    def power_mean(power: float = 1.0, shift: float = 0.0):
+        return lambda samples: brightness(samples) ** power + shift
+
+    for spec in (
+        {"Power-Mean": 2.0},
+        {"power_mean": {"power": 2.0}},
+        {"name": "power_mean", "power": 2.0},
+    ):
+        torch.testing.assert_close(make_reward(spec)(images).value, brightness(images) ** 2)
+    both = make_reward({"power_mean": {"power": 2.0, "shift": 1.0}})
+    torch.testing.assert_close(both(images).value, brightness(images) ** 2 + 1)
+    torch.testing.assert_close(
+        make_reward({"power_mean": 2.0}, shift=1.0)(images).value, both(images).value
+    )
+    torch.testing.assert_close(make_reward({"power_mean": None})(images).value, brightness(images))
+    assert make_reward({"colorfulness": None}).info.name == "colorfulness"
+
+    with pytest.raises(ValueError, match="no option 'powr'"):
+        make_reward({"power_mean": {"powr": 2.0}})
+    with pytest.raises(ValueError, match="'colorfulness' takes no option, but 2 came"):
+        make_reward({"colorfulness": 2})
+    with pytest.raises(ValueError, match="needs a 'name' .*did you mean: power_mean"):
+        make_reward({"powermeen": 2.0})
+    with pytest.raises(ValueError, match="needs a 'name'"):
+        make_reward({"power_mean": 2.0, "shift": 1.0})
+    with pytest.raises(ValueError, match="options of 'power_mean' have a 'name'"):
+        make_reward({"power_mean": {"name": "colorfulness"}})
+
+
+@pytest.mark.usefixtures("registry")
 def test_registering_a_reward_instead_of_a_factory_is_refused():
     with pytest.raises(ValueError, match="takes samples, so it is a reward, not a factory"):
         register_reward("brightness")(brightness)
@@ -400,6 +462,115 @@ def _remembers_inference_tensors():
         return (samples.data * weight[0]).mean(dim=(1, 2, 3))
 
     return reward
+
+
+def _with_std(std):
+    return lambda samples: Scores(brightness(samples), std(samples))
+
+
+def _with_part(part):
+    return lambda samples: Scores(brightness(samples), None, part(samples))
+
+
+def _changes(change):
+    def reward(samples):
+        change()
+        return brightness(samples)
+
+    return reward
+
+
+def _draws(generator):
+    return lambda samples: brightness(samples) + generator() * 1e-3
+
+
+@pytest.fixture
+def torch_settings():
+    """As they were, whatever a reward does."""
+    before = torch.get_default_dtype(), torch.get_num_threads(), torch.backends.cudnn.benchmark
+    yield
+    torch.set_default_dtype(before[0])
+    torch.set_num_threads(before[1])
+    torch.backends.cudnn.benchmark = before[2]
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.usefixtures("torch_settings")
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        (_draws(np.random.rand), "numpy's global random state"),
+        (_draws(random.random), "when asked again|in inference mode"),
+        (_changes(lambda: random.seed(0)), "seeds python's global random state"),
+        (_changes(lambda: np.random.seed(0)), "numpy's global random state"),
+        (_changes(lambda: torch.manual_seed(torch.initial_seed() + 1)), "torch's global random"),
+        (_changes(lambda: torch.set_default_dtype(torch.float64)), "default dtype"),
+        (_changes(lambda: torch.set_num_threads(torch.get_num_threads() + 1)), "threads"),
+        (
+            _changes(lambda: setattr(torch.backends.cudnn, "benchmark", True)),
+            "torch.backends.cudnn.benchmark",
+        ),
+        (_with_std(lambda s: s.data.std().expand(len(s))), "std .* by itself"),
+        (_with_std(lambda s: torch.arange(len(s)) * 1e-2), "std .* by itself"),
+        (_with_part(lambda s: {"p": brightness(s) / brightness(s).max()}), "part 'p' .* by itself"),
+        (_with_part(lambda s: {"p": brightness(s)} if s.prompts else {}), "no part 'p' without"),
+        (_with_part(lambda s: {} if s.prompts else {"p": brightness(s)}), "gives part 'p' without"),
+        (lambda s: brightness(s) * s.context["depth"], None),
+    ],
+)
+def test_check_reward_catches_what_leaks(images, reward, says):
+    needs = () if says else ("depth",)
+    info = RewardInfo("mine", "image", True, range=(0, 2), needs_context=needs)
+    samples = Samples(images.data, "image", images.prompts, {"depth": torch.linspace(0.5, 1, 4)})
+    if says is None:
+        check_reward(as_reward(reward, info), samples)
+        return
+    with pytest.raises(AssertionError, match=says):
+        check_reward(as_reward(reward, info), samples)
+
+
+def test_check_reward_catches_changed_context(images):
+    def reward(samples):
+        samples.context["depth"].mul_(0.5)
+        return brightness(samples)
+
+    samples = Samples(images.data, "image", images.prompts, {"depth": torch.ones(4)})
+    with pytest.raises(AssertionError, match="changes the samples in place"):
+        check_reward(as_reward(reward, INFO), samples)
+
+
+def test_check_reward_takes_tokens_and_relaxed_tokens():
+    tokens = torch.tensor([[0, 1, 2, 3], [1, 1, 1, 1], [3, 0, 0, 2]])
+    weight = torch.tensor([0.0, 0.1, 0.4, 0.9])
+
+    def content(samples):
+        data = samples.data
+        hard = not data.is_floating_point()
+        return (weight[data] if hard else data @ weight).mean(dim=1)
+
+    reward = as_reward(content, RewardInfo("content", "dna", True, range=(0, 1)))
+    check_reward(reward, Samples(tokens, "dna"))
+    relaxed = Samples(torch.nn.functional.one_hot(tokens, 4).float(), "dna")
+    check_reward(reward, relaxed)
+    rounds = as_reward(lambda s: content(Samples(s.data.argmax(-1), "dna")), reward.info)
+    with pytest.raises(AssertionError, match="its value has no gradient"):
+        check_reward(rounds, relaxed)
+
+
+def test_check_exact_agrees_measures_the_gap(images):
+    def rounded(samples):
+        return (samples.data * 255).round().mean(dim=(1, 2, 3)) / 255
+
+    reward = as_reward(brightness, INFO)
+    exact = as_reward(rounded, RewardInfo("exact", differentiable=False))
+    found = check_exact_agrees(reward, exact, images, gap=0.5 / 255)
+    pixels = images.data.numpy().astype(np.float64)
+    off = np.abs((np.round(pixels * 255) / 255 - pixels).mean(axis=(1, 2, 3))).max()
+    assert found == pytest.approx(off, abs=1e-6) and found > 0
+    with pytest.raises(AssertionError, match=r"through PIL: .* where 1e-06 is allowed"):
+        check_exact_agrees(reward, exact, images, gap=1e-6)
+    with pytest.raises(AssertionError, match="must declare differentiable=False"):
+        check_exact_agrees(reward, reward, images, gap=1.0)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """Image rewards against independent computations, and the conformance of every built-in reward."""
 
 import io
-import json
 import math
-import string
-from pathlib import Path
+from contextlib import nullcontext
 
 import numpy as np
 import open_clip
@@ -13,65 +11,39 @@ import torch
 from open_clip.transform import image_transform
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_towers import (
+    MEAN,
+    STD,
+    affine,
+    assert_gap,
+    conformance_samples,
+    linear_head,
+    open_clip_architecture,
+    photos,
+    save_open_clip,
+    save_siglip,
+    save_transformers_clip,
+    to_samples,
+)
 
 from diffreward._assets import asset_path
-from diffreward.rewards import RewardInfo, available_rewards, base, evaluate, make_reward
-from diffreward.rewards.image import ClipScore, preprocess
+from diffreward.rewards import available_rewards, evaluate, make_reward
+from diffreward.rewards.image import ClipScore, load_aesthetic_head
 from diffreward.rewards.testing import check_reward
+from diffreward.rewards.towers import Preprocess
 from diffreward.samples import Samples
 
 PROMPTS = ["a red heart", "a blue circle", "two green stars", "a red heart above a blue ring"]
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-
-
-def photos(b: int, h: int, w: int, seed: int = 0) -> np.ndarray:
-    """(b, h, w, 3) uint8: smooth colour fields with hard-edged rectangles and some grain."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:h, 0:w] / 16
-    waves = rng.uniform(0.5, 2, (b, 1, 1, 3)) * x[..., None] + rng.uniform(0, 6, (b, 1, 1, 3))
-    images = 128 + 100 * np.sin(waves + y[..., None] * rng.uniform(-1, 1, (b, 1, 1, 3)))
-    images[:, h // 4 : h // 2, w // 4 : 3 * w // 4] = rng.uniform(0, 255, (b, 1, 1, 3))
-    return (images + rng.normal(0, 3, images.shape)).clip(0, 255).round().astype(np.uint8)
-
-
-def to_samples(pixels: np.ndarray, prompts: list[str] | None = None) -> Samples:
-    return Samples(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, "image", prompts)
-
 
 # --------------------------------------------------------------------------------------------
 # CLIP
 # --------------------------------------------------------------------------------------------
 
 
-def tiny_config(vocab_size: int) -> dict:
-    return {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8
-        },
-        "text_cfg": {
-            "context_length": 32, "vocab_size": vocab_size, "width": 32, "heads": 2, "layers": 2
-        },
-    }  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A random CLIP in the folder layout open_clip reads with ``local-dir:``."""
-    from transformers import CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [*string.ascii_lowercase, ","]
-    pieces = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    CLIPTokenizer(vocab=vocab, merges=[], model_max_length=32).save_pretrained(folder)
-    config = tiny_config(len(vocab))
-    torch.manual_seed(0)
-    save_file(open_clip.model.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
-    config["text_cfg"]["hf_tokenizer_name"] = "in this folder"
-    whole = {"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD}}
-    (folder / "open_clip_config.json").write_text(json.dumps(whole))
-    return folder
+    return save_open_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +85,7 @@ def test_preprocessing_is_open_clips(mode, target, size):
     pixels = photos(1, *size)
     truth = image_transform(target, False, MEAN, STD, resize_mode=mode, fill_color=7)
     expected = truth(Image.fromarray(pixels[0]))
-    ours = preprocess(
-        to_samples(pixels).data, size=target, mean=MEAN, std=STD, resize_mode=mode, fill=7 / 255
-    )[0]
+    ours = Preprocess(target, MEAN, STD, resize_mode=mode, fill=7 / 255)(to_samples(pixels).data)[0]
     assert ours.shape == expected.shape
     gap = (ours - expected).abs() * torch.tensor(STD)[:, None, None] * 255
     # a rounding to 8 bits is 0.25 on average; a shift by one pixel would be above 4
@@ -139,9 +109,9 @@ def test_clip_score_encodes_each_prompt_once(clip_folder, monkeypatch):
     torch.testing.assert_close(evaluate(reward, samples).value, first)
     assert encoded == [2, 1]
     assert not first.requires_grad
-    monkeypatch.setattr("diffreward.rewards.image._TEXT_CACHE_SIZE", 2)
+    monkeypatch.setattr("diffreward.rewards.towers._TEXT_CACHE_SIZE", 2)
     torch.testing.assert_close(evaluate(reward, samples).value, first)
-    assert len(reward._text) == 2
+    assert len(reward.tower._text) == 2
 
 
 def test_clip_score_is_frozen_in_float32_and_says_which_model(clip, clip_folder):
@@ -158,16 +128,12 @@ def test_clip_score_warns_of_a_prompt_it_cannot_read_whole(clip):
     with pytest.warns(UserWarning) as caught:
         evaluate(clip, samples)
     assert [str(w.message) for w in caught] == [
-        f"reward 'clip_score' reads only the first 32 tokens of {too_long!r}"
+        f"{clip.tower.name} reads only the first 32 tokens of {too_long!r}"
     ]
 
 
 def test_clip_score_takes_an_architecture_with_a_checkpoint_file(tmp_path):
-    config = tiny_config(49408)  # the vocabulary of open_clip's own tokenizer
-    (tmp_path / "tiny-test.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "tiny-test.json")
-    torch.manual_seed(1)
-    model = open_clip.model.CLIP(**config).eval()
+    model = open_clip_architecture(tmp_path, "tiny-test")
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     reward = make_reward(
         {
@@ -262,6 +228,141 @@ def test_the_judge_can_be_named_in_a_spec():
     value = evaluate(judge, samples).value
     torch.testing.assert_close(value, evaluate(make_reward("clip_judge"), samples).value)
     assert not torch.allclose(value, evaluate(make_reward("clip_score"), samples).value)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 81), (20, 24)])
+def test_exact_clip_score_is_open_clips_cosine_to_round_off(clip_folder, size):
+    exact = make_reward("clip_score", model=f"local-dir:{clip_folder}", exact=True)
+    assert exact.info.differentiable is False
+    pixels = photos(4, *size)
+    value = evaluate(exact, to_samples(pixels, PROMPTS)).value
+    torch.testing.assert_close(value, clip_truth(clip_folder, pixels, PROMPTS), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("save", [save_transformers_clip, save_siglip])
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (48, 81), (20, 24)])
+def test_clip_score_of_transformers_is_its_cosine_within_4_percent_of_the_spread(
+    tmp_path, save, size
+):
+    import transformers
+
+    pixels, prompts = photos(8, *size), 2 * PROMPTS
+    folder = save(tmp_path)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    kind = "SiglipImageProcessorPil" if save is save_siglip else "CLIPImageProcessorPil"
+    processor = getattr(transformers, kind).from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    length = model.config.text_config.max_position_embeddings
+    with torch.no_grad():
+        inputs = processor([Image.fromarray(image) for image in pixels], return_tensors="pt")
+        a = model.get_image_features(**inputs).pooler_output
+        tokens = tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        b = model.get_text_features(input_ids=tokens["input_ids"]).pooler_output
+    truth = torch.cosine_similarity(a, b)
+    spec = {"name": "clip_score", "model": f"transformers:{folder}"}
+    with pytest.warns(UserWarning) if len(max(PROMPTS, key=len)) > length else nullcontext():
+        value = evaluate(make_reward(spec), to_samples(pixels, prompts)).value
+        exact = evaluate(make_reward(spec, exact=True), to_samples(pixels, prompts)).value
+    assert_gap(value, truth, percent=4)
+    torch.testing.assert_close(exact, truth, atol=2e-6, rtol=0)
+    for exactly in (False, True):
+        reward = make_reward(spec, exact=exactly)
+        check_reward(reward, to_samples(photos(5, *size), ["a", "b", "a", "", "c, d"]))
+
+
+# --------------------------------------------------------------------------------------------
+# Aesthetics
+# --------------------------------------------------------------------------------------------
+
+LAYERS = [f"layers.{i}" for i in (0, 2, 4, 6, 7)]  # of sac+logos+ava1-l14-linearMSE.pth
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_the_aesthetic_head_has_the_published_layout_and_no_activation(tmp_path, suffix):
+    state = linear_head(768, LAYERS)
+    file = tmp_path / f"head.{suffix}"
+    save_file(state, file) if suffix == "safetensors" else torch.save(state, file)
+    head = load_aesthetic_head(file)
+    unit = torch.nn.functional.normalize(torch.randn(64, 768), dim=-1)
+    value = head(unit)
+    assert value.shape == (64, 1) and not value.requires_grad and not head.training
+    torch.testing.assert_close(value[:, 0].double(), affine(state, unit), atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_of_another_layout_is_refused(tmp_path):
+    def refused(state, match):
+        torch.save(state, tmp_path / "head.pth")
+        with pytest.raises(ValueError, match=match):
+            load_aesthetic_head(tmp_path / "head.pth")
+
+    state = linear_head(768, LAYERS)
+    refused({**state, "layers.9.bias": torch.zeros(1)}, r"expected layers.0.weight.*layers.9.bias")
+    refused({k: v for k, v in state.items() if "7" not in k}, "has not the layout of this head")
+    refused({**state, "layers.2.weight": torch.zeros(128, 9)}, r"do not lead .*\(128, 9\)")
+    refused({**state, "layers.7.weight": torch.zeros(2, 16)}, r"and to one number")
+    refused([1, 2], "it holds <class 'list'>")
+    refused(torch.nn.Linear(2, 1), "is no file of weights")  # a pickle of code is not run
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_aesthetic_head(tmp_path / "nothing.pth")
+
+
+@pytest.fixture(scope="module")
+def aesthetic_head(tmp_path_factory):
+    file = tmp_path_factory.mktemp("head") / "head.pth"
+    torch.save(linear_head(16, LAYERS), file)
+    return file
+
+
+def aesthetic_truth(folder, head, pixels: np.ndarray) -> torch.Tensor:
+    """The published computation, one image at a time, through PIL."""
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    state = torch.load(head, weights_only=True)
+    with torch.no_grad():
+        a = model.eval().encode_image(torch.stack([transform(Image.fromarray(p)) for p in pixels]))
+    return affine(state, a / a.norm(dim=1, keepdim=True)).float()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (48, 81), (20, 24)])
+def test_aesthetic_is_the_published_formula_within_4_percent_of_the_spread(
+    clip_folder, aesthetic_head, size
+):
+    pixels = photos(8, *size)
+    truth = aesthetic_truth(clip_folder, aesthetic_head, pixels)
+    spec = {"name": "aesthetic", "head": str(aesthetic_head), "model": f"local-dir:{clip_folder}"}
+    value = evaluate(make_reward(spec), to_samples(pixels)).value
+    assert_gap(value, truth, percent=4)
+    exact = evaluate(make_reward(spec, exact=True), to_samples(pixels)).value
+    torch.testing.assert_close(exact, truth, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_aesthetic_keeps_the_contract(clip_folder, aesthetic_head, exact):
+    reward = make_reward(
+        "aesthetic", head=str(aesthetic_head), model=str(clip_folder), exact=exact, chunk_size=2
+    )
+    assert reward.info.differentiable is not exact
+    assert str(clip_folder) in reward.info.weights and str(aesthetic_head) in reward.info.weights
+    assert reward.to("cpu") is reward
+    check_reward(reward, to_samples(photos(5, 24, 40)))
+
+
+def test_aesthetic_reads_openais_clip_by_default_and_refuses_another_width(
+    clip_folder, tmp_path, monkeypatch
+):
+    torch.save(linear_head(8, LAYERS), tmp_path / "head.pth")
+    head = str(tmp_path / "head.pth")
+    reward = make_reward("aesthetic", head=head, model=str(clip_folder))
+    with pytest.raises(ValueError, match=r"reads embeddings of 8 numbers, but .* gives 16"):
+        evaluate(reward, to_samples(photos(2, 32, 32)))
+    asked = []
+    monkeypatch.setattr(
+        "diffreward.rewards.image.load_tower", lambda *spec: asked.append(spec) or reward.tower
+    )
+    assert make_reward("aesthetic", head=head).info.weights.startswith("ViT-L-14 (openai)")
+    make_reward("aesthetic", head=head, model="transformers:openai/clip-vit-large-patch14")
+    assert asked == [("ViT-L-14", "openai"), ("transformers:openai/clip-vit-large-patch14", None)]
 
 
 # --------------------------------------------------------------------------------------------
@@ -368,30 +469,6 @@ def test_target_color_says_what_is_no_colour():
 # Conformance
 # --------------------------------------------------------------------------------------------
 
-BUILT_IN = {
-    entry.info.name: entry.info
-    for entry in base._TABLE.values()
-    if entry.factory.__module__.startswith("diffreward.")
-}
-
-
-def conformance_samples() -> Samples:
-    """Four different pictures, two of which show their prompt."""
-    from diffreward.rewards.shapes import parse, render
-
-    rng = np.random.default_rng(0)
-    shown = [render(parse(prompt), rng) for prompt in (PROMPTS[0], PROMPTS[2])]
-    unrelated = photos(2, 64, 64)
-    pixels = np.stack([shown[0], unrelated[0], shown[1], unrelated[1]])
-    return to_samples(pixels, PROMPTS)
-
-
-@pytest.mark.parametrize("name", sorted(BUILT_IN))
-def test_every_reward_keeps_the_contract(name):
-    assert BUILT_IN[name].modality == "image"
-    assert BUILT_IN[name].licence and BUILT_IN[name].source and BUILT_IN[name].description
-    check_reward(make_reward(name), conformance_samples())
-
 
 def test_clip_score_of_any_folder_keeps_the_contract(clip_folder):
     reward = make_reward({"name": "clip_score", "model": f"local-dir:{clip_folder}"})
@@ -401,26 +478,3 @@ def test_clip_score_of_any_folder_keeps_the_contract(clip_folder):
 
 def test_target_color_of_a_foreground_keeps_the_contract():
     check_reward(make_reward("target_color", background="white"), conformance_samples())
-
-
-def row(info: RewardInfo) -> str:
-    """A reward's row in the table of docs/rewards.md."""
-    low, high = info.range
-    cells = [
-        f"`{info.name}`",
-        info.modality or "any",
-        {True: "yes", False: "no", None: "not declared"}[info.differentiable],
-        "yes" if info.needs_prompt else "no",
-        f"[{low:g}, {high:g}]",
-        info.licence,
-        f"`{info.weights}`" if info.weights else "none",
-        info.source,
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def test_the_table_in_the_docs_is_the_registry():
-    page = Path(__file__).parents[2] / "docs" / "rewards.md"
-    rows = [line for line in page.read_text().splitlines() if line.startswith("| `")]
-    expected = [row(BUILT_IN[name]) for name in sorted(BUILT_IN)]
-    assert rows == expected, "the table should be:\n" + "\n".join(expected)

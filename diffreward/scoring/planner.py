@@ -1,0 +1,293 @@
+"""Batches through rewards: what can be shared is computed once, and one bad sample costs one row.
+
+A reward that names its ``preprocess`` and has ``score_prepared`` gets pixels which the workers
+have resized, so that images of all sizes share a batch; the others get the images themselves, in
+groups of equal size. All rewards of a batch see the same tensors inside
+:func:`~diffreward.rewards.towers.share_towers`: a tower they share runs once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffreward.rewards import Reward, RewardSpec, evaluate, make_reward
+from diffreward.rewards.base import as_reward, find_reward
+from diffreward.rewards.towers import share_towers
+from diffreward.samples import Samples
+from diffreward.scoring.decode import ALPHABETS, Decoded, Decoder, to_float
+from diffreward.scoring.readers import Item
+
+CPU_BATCH = 32  # more does not make a CPU faster
+LARGEST_BATCH = 256
+
+# Not one sample's fault: going on would only write the same error into every row.
+_FATAL = (ImportError, getattr(torch, "AcceleratorError", ImportError))
+
+Row = dict[str, Any]
+"""Column -> number or text. Columns of reward i: ``"i"``, ``"i_std"``, ``"i.part"``; besides them
+``"error"`` and ``"notes"``. What a row has no value for is left out."""
+
+
+def label_rewards(rewards: RewardSpec | Sequence[RewardSpec] | Mapping) -> dict[str, RewardSpec]:
+    """Column name -> spec: a mapping as it is, others by name, numbered where names repeat.
+
+    Raises:
+        ValueError: there are none, or a name that is not in the registry.
+    """
+    if isinstance(rewards, Mapping) and not _is_spec(rewards):
+        return dict(rewards)
+    specs = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
+    if not specs:
+        raise ValueError("give at least one reward")
+    labelled: dict[str, RewardSpec] = {}
+    for spec in specs:
+        name = _name(spec)
+        names = [name, *(f"{name} {n}" for n in range(2, len(specs) + 1))]
+        labelled[next(n for n in names if n not in labelled)] = spec
+    return labelled
+
+
+def _is_spec(mapping: Mapping) -> bool:
+    """Whether it is one reward's spec, and not column names with a spec each."""
+    if "name" in mapping or len(mapping) != 1:
+        return "name" in mapping
+    try:
+        return bool(find_reward(*mapping))
+    except ValueError:
+        return False
+
+
+def _name(spec: RewardSpec) -> str:
+    if isinstance(spec, Mapping):
+        spec = spec.get("name") or next(iter(spec), "")
+    return find_reward(spec).info.name if isinstance(spec, str) else as_reward(spec).info.name
+
+
+class Scorer:
+    """Rewards, ready to score batches; a copy of it in another process builds its own.
+
+    Args:
+        rewards: column name -> reward or spec; specs are built when first needed, so that what
+            is sent to another process is small.
+        device: where to score; None: CUDA if there is one.
+
+    Raises:
+        ValueError: no rewards, an unknown name or option, or rewards of different modalities.
+    """
+
+    def __init__(
+        self,
+        rewards: RewardSpec | Sequence[RewardSpec] | Mapping[str, RewardSpec],
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.specs = label_rewards(rewards)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._built: dict[str, Reward] = {}
+        self._overflows = 0  # how often a batch was too large for the memory
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_built": {}}
+
+    @property
+    def rewards(self) -> dict[str, Reward]:
+        """The rewards themselves."""
+        if not self._built:
+            built = {label: make_reward(spec) for label, spec in self.specs.items()}
+            declared = {
+                reward.info.modality: label for label, reward in built.items()
+                if reward.info.modality
+            }  # fmt: skip
+            if len(declared) > 1:
+                what = ", ".join(f"{label} scores {kind}" for kind, label in declared.items())
+                raise ValueError(f"these rewards cannot score the same samples: {what}")
+            self._built = built
+        return self._built
+
+    @property
+    def modality(self) -> str:
+        """What the rewards score; images, if none of them says."""
+        declared = [r.info.modality for r in self.rewards.values() if r.info.modality]
+        return declared[0] if declared else "image"
+
+    @property
+    def kind(self) -> str:
+        """The same in the words of `diffreward.scoring.readers`.
+
+        Raises:
+            ValueError: rewards of something that no reader reads.
+        """
+        if self.modality in ("image", "text"):
+            return self.modality
+        if self.modality in ALPHABETS:
+            return "sequence"
+        raise ValueError(
+            f"there is no reader of {self.modality} files; pass Samples(..., {self.modality!r})"
+        )
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """Columns beside the prompt that some reward needs."""
+        needed = (name for r in self.rewards.values() for name in r.info.needs_context)
+        return tuple(dict.fromkeys(needed))
+
+    @property
+    def needs_prompt(self) -> list[str]:
+        """Which rewards compare with the prompt."""
+        return [label for label, reward in self.rewards.items() if reward.info.needs_prompt]
+
+    def decoder(self) -> Decoder:
+        """What decodes for these rewards."""
+        keys = dict.fromkeys(r.preprocess for r in self.rewards.values() if _prepares(r))
+        raw = not all(_prepares(reward) for reward in self.rewards.values())
+        return Decoder(self.modality, tuple(keys), raw)
+
+    def __call__(self, items: Sequence[Item], decoded: Decoded | None = None) -> list[Row]:
+        """Score a batch of items of which all have a prompt, or none.
+
+        Args:
+            items: one per row.
+            decoded: what `decoder` made of them; None: it is asked here.
+        """
+        decoded = self.decoder()[items] if decoded is None else decoded
+        rows: list[Row] = [{} for _ in items]
+        for n, error in decoded.errors.items():
+            rows[n]["error"] = error
+        for n, notes in decoded.notes.items():
+            rows[n]["notes"] = notes
+        if not decoded.rows:
+            return rows
+        prepared = {
+            key: torch.as_tensor(images).to(self.device, non_blocking=True)
+            for key, images in decoded.prepared.items()
+        }
+        raw = [(numbers, self._tensor(group)) for numbers, group in decoded.raw]
+        with torch.no_grad(), share_towers():
+            for place, (label, reward) in enumerate(self.rewards.items()):
+                if _prepares(reward):
+                    groups, call = [(decoded.rows, prepared[reward.preprocess])], _prepared(reward)
+                else:
+                    groups, call = raw, reward
+                for numbers, data in groups:
+                    self._score(place, label, call, data, numbers, items, rows)
+        return rows
+
+    def score_samples(self, samples: Samples) -> list[Row]:
+        """Score samples that are in memory already, as one batch."""
+        rows: list[Row] = [{} for _ in range(len(samples))]
+        samples = samples.detach().to(self.device)
+        with torch.no_grad(), share_towers():
+            for place, (label, reward) in enumerate(self.rewards.items()):
+                found = self._attempt(reward, samples)
+                for row, scores in zip(rows, found, strict=True):
+                    _enter(row, place, label, scores)
+        return rows
+
+    def find_batch_size(self, items: Sequence[Item]) -> int:
+        """The largest batch that fits into memory, by doubling; on a CPU a fixed number.
+
+        Args:
+            items: the first few; copies of them are scored.
+        """
+        items = [item for item in items if item.error is None]
+        items = [item for item in items if (item.prompt is None) == (items[0].prompt is None)]
+        if self.device.type != "cuda" or not items:
+            return CPU_BATCH
+        decoder, fits = self.decoder(), 1
+        for size in (2**n for n in range(3, 1 + int(math.log2(LARGEST_BATCH)))):
+            before = self._overflows
+            batch = [items[n % len(items)] for n in range(size)]
+            self(batch, decoder[batch])
+            if self._overflows > before:
+                break
+            fits = size
+        return fits
+
+    # -- one reward, one group -----------------------------------------------------------------
+
+    def _score(self, place, label, call, data, numbers, items, rows) -> None:
+        """Score those of a group that have what the reward needs, and say what others lack."""
+        info, keep = call.info, []
+        for at, n in enumerate(numbers):
+            item = items[n]
+            missing = [name for name in info.needs_context if item.extra.get(name) is None]
+            if info.needs_prompt and item.prompt is None:
+                _fail(rows[n], label, "it needs a prompt, and there is none")
+            elif missing:
+                _fail(rows[n], label, f"it needs {', '.join(missing)}, and there is none")
+            else:
+                keep.append(at)
+        if not keep:
+            return
+        if len(keep) < len(numbers):
+            data = data[keep] if isinstance(data, Tensor) else [data[at] for at in keep]
+            numbers = [numbers[at] for at in keep]
+        chosen = [items[n] for n in numbers]
+        prompts = None if chosen[0].prompt is None else [item.prompt for item in chosen]
+        context = {name: [item.extra[name] for item in chosen] for name in info.needs_context}
+        samples = Samples(data, self.modality, prompts, context)
+        for n, scores in zip(numbers, self._attempt(call, samples), strict=True):
+            _enter(rows[n], place, label, scores)
+
+    def _attempt(self, call: Reward, samples: Samples) -> list[dict[str, float] | str]:
+        """The numbers of each sample (``""``: the value, ``"_std"``, ``".part"``), or its error.
+
+        What fails as a batch is tried in halves, so that the samples at fault are found in a few
+        calls and everybody else has a score.
+        """
+        try:
+            scores = evaluate(call, samples)
+            columns = {"": scores.value}
+            if scores.std is not None:
+                columns["_std"] = scores.std
+            columns.update({f".{name}": part for name, part in scores.parts.items()})
+            lists = [column.tolist() for column in columns.values()]
+            return [
+                dict(zip(columns, numbers, strict=True)) for numbers in zip(*lists, strict=True)
+            ]
+        except _FATAL:
+            raise
+        except Exception as err:
+            overflow = isinstance(err, torch.OutOfMemoryError)
+            if len(samples) == 1:
+                return [" ".join(str(err).split()) or type(err).__name__]
+        if overflow:  # outside of the except block, whose traceback holds on to tensors
+            self._overflows += 1
+            torch.cuda.empty_cache()
+        middle = len(samples) // 2
+        halves = samples.take(range(middle)), samples.take(range(middle, len(samples)))
+        return [found for half in halves for found in self._attempt(call, half)]
+
+    def _tensor(self, group: Any) -> Any:
+        if isinstance(group, list):
+            return group
+        if self.modality == "image":
+            return to_float(group, self.device)
+        return torch.from_numpy(group).to(self.device)
+
+
+def _prepares(reward: Reward) -> bool:
+    return hasattr(reward, "preprocess") and hasattr(reward, "score_prepared")
+
+
+def _prepared(reward: Reward) -> Reward:
+    """The same reward, of samples whose data went through its ``preprocess`` already."""
+    return as_reward(lambda s: reward.score_prepared(s.data, s.prompts), reward.info)
+
+
+def _enter(row: Row, place: int, label: str, scores: dict[str, float] | str) -> None:
+    """Put one reward's numbers, or its error, into a row."""
+    if isinstance(scores, str):
+        _fail(row, label, scores)
+        return
+    for name, number in scores.items():
+        if not math.isnan(number):  # a part that does not apply
+            row[f"{place}{name}"] = number
+
+
+def _fail(row: Row, label: str, why: str) -> None:
+    row["error"] = "; ".join(filter(None, [row.get("error"), f"{label}: {why}"]))
