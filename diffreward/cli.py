@@ -1,4 +1,4 @@
-"""The command line: ``diffreward steer | score | rewards | doctor``.
+"""The command line: ``diffreward steer | score | serve | rewards | doctor``.
 
 A verb is a function from its arguments to the exit code; `VERBS` lists them. It reads its
 configuration (:mod:`diffreward.config`), calls the library, and reports
@@ -27,6 +27,7 @@ from diffreward import __version__
 from diffreward.config import (
     SAMPLES,
     ScoreConfig,
+    ServeConfig,
     SteerConfig,
     UsageError,
     lists_of_words,
@@ -43,7 +44,7 @@ STEER_EXAMPLES = """\
 examples:
   diffreward steer
   diffreward steer --prompts '[a red heart, two blue stars]' --steer.num_particles 8
-  diffreward steer --config configs/steer/sd15_clip.yaml --model.spec ./my-sd15 --seed 1
+  diffreward steer --config configs/steer/sd15_imagereward.yaml --model.spec ./my-sd15 --seed 1
   diffreward steer --print_config > mine.yaml
 """
 
@@ -158,6 +159,32 @@ def score(argv: Sequence[str]) -> int:
 
 
 # --------------------------------------------------------------------------------------------
+# diffreward serve
+# --------------------------------------------------------------------------------------------
+
+SERVE_EXAMPLES = """\
+examples:
+  diffreward serve
+  diffreward serve --rewards '[clip_score, {name: target_color, color: blue}]' --port 9000
+  diffreward serve --host 0.0.0.0 --token env:DIFFREWARD_TOKEN
+"""
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Serve rewards over HTTP, for the reward 'remote' and whatever else speaks HTTP."""
+    config = parse(ServeConfig, argv, "diffreward serve", SERVE_EXAMPLES)
+    options = dict(vars(config))
+    host, port = options.pop("host"), options.pop("port")
+
+    from diffreward import serve as serving
+
+    with refusals():
+        app = serving.create_app(**options)
+    serving.run(app, host, port, open_to_all=config.token is None)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------
 # diffreward rewards
 # --------------------------------------------------------------------------------------------
 
@@ -262,6 +289,7 @@ def doctor(argv: Sequence[str]) -> int:
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "steer": steer,
     "score": score,
+    "serve": serve,
     "rewards": rewards,
     "doctor": doctor,
 }

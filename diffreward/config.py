@@ -183,6 +183,38 @@ class ScoreConfig:
 
 
 # --------------------------------------------------------------------------------------------
+# diffreward serve
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve rewards over HTTP
+
+    Args:
+        rewards: names from `diffreward rewards`, or {name: ..., option: value}.
+        host: address to listen at; the default can be reached from this machine only.
+        port: 0 is for any free one.
+        token: what clients must send; "env:NAME" reads it from the environment; null: nothing.
+        max_bytes: largest body of a request.
+        max_queue: requests read, waiting or computed at a time; others are sent away.
+        max_batch: most samples in a request.
+        max_pixels: of an image file.
+        device: cpu, cuda, cuda:1, mps, ...; null: CUDA if there is one.
+    """
+
+    rewards: list[str | dict[str, Any]] = field(default_factory=lambda: ["clip_score"])
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    max_bytes: int = 64 * 2**20
+    max_queue: int = 16
+    max_batch: int = 256
+    max_pixels: int = 2**25
+    device: str | None = None
+
+
+# --------------------------------------------------------------------------------------------
 # Reading and writing
 # --------------------------------------------------------------------------------------------
 

@@ -74,8 +74,18 @@ def serve(
         ImportError, ValueError: see :func:`create_app`.
         SystemExit: the port is taken (uvicorn says so).
     """
-    app = create_app(rewards, token=token, **options)
-    if token is None and not _is_loopback(host):
+    run(create_app(rewards, token=token, **options), host, port, open_to_all=token is None)
+
+
+def run(app: Any, host: str, port: int, *, open_to_all: bool) -> None:
+    """Serve an application of :func:`create_app` until interrupted; see :func:`serve`.
+
+    Raises:
+        ValueError: ``port`` cannot be one.
+    """
+    if not 0 <= port < 65536:
+        raise ValueError(f"a port is from 0 to 65535, but {port} came")
+    if open_to_all and not _is_loopback(host):
         warnings.warn(
             f"serving at {host} without a token: whoever can reach this machine can use its "
             "rewards and its memory; pass token=, or keep to 127.0.0.1",

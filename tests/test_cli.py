@@ -1,5 +1,6 @@
 """Every verb through `main`, and through a process of its own where that matters."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from PIL import Image
 import diffreward
 from diffreward import policies, report
 from diffreward.cli import VERBS, main
-from diffreward.config import SteerConfig, parse
+from diffreward.config import ScoreConfig, SteerConfig, lists_of_words, parse
 from diffreward.doctor import Finding
 from diffreward.rewards import available_rewards
 
@@ -352,6 +353,7 @@ def test_unknown_verb(capsys):
         (["--help"], {"torch", "diffusers", "transformers", "matplotlib"}),
         (["steer", "--help"], {"torch", "diffusers", "transformers", "matplotlib"}),
         (["steer", "--print_config"], {"torch", "diffusers", "transformers", "matplotlib"}),
+        (["score", "--help"], {"torch", "diffusers", "transformers", "pyarrow"}),
         (["rewards"], {"diffusers", "transformers", "open_clip"}),
     ],
 )
@@ -369,3 +371,94 @@ def test_closed_pipe_is_no_failure():
     command = f"{sys.executable} -m diffreward rewards | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.startswith("name") and done.stderr == ""
+
+
+# -- score --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images():
+    for n, color in enumerate(["red", "green", "blue"]):
+        Path("f").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), color).save(f"f/{n}.png")
+    Path("f/bad.png").touch()
+
+
+def test_score_without_arguments_scores_the_embedded_samples(capsys):
+    assert main(["score"]) == 0
+    shown = capsys.readouterr().out
+    assert ["clip_score", "12", "0"] in [line.split()[:3] for line in shown.splitlines()]
+    assert not list(Path.cwd().iterdir())
+
+
+def test_score_writes_rows_and_shows_a_summary(images, capsys):
+    argv = [
+        "f",
+        "f/0.png",
+        "--rewards",
+        "colorfulness",
+        "{name: jpeg_compressibility, quality: 50}",
+    ]
+    assert main(["score", *argv, "--out", "o.jsonl"]) == 0
+    out, err = capsys.readouterr()
+    assert "jpeg_compressibility" in out and "5 rows, 1 of them with an error" in out
+    assert "see o.jsonl" in out and "f/bad.png: the file is empty" in err
+    rows = lines(Path("o.jsonl"))
+    assert [row["id"] for row in rows] == ["f/0.png", "f/1.png", "f/2.png", "f/bad.png", "f/0.png"]
+    assert main(["score", *argv, "--out", "o.jsonl"]) == 2
+    assert "never overwritten" in capsys.readouterr().err
+    assert main(["score", "--rewards", "colorfulness", "--batch_size", "2", "f"]) == 0
+    assert Path("scores.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rewards", "colorfulness", "f"], "write paths before --rewards"),
+        (["f", "--rewards", "colourfulnes"], "did you mean: colorfulness"),
+        (["f", "--rewards", "{name: target_color, colour: red}"], "did you mean 'color'"),
+        (["f", "--rewards", "{name: "], "is no YAML"),
+        (["f", "--reward", "colorfulness"], "did you mean 'rewards'"),
+        (["f"], "reward 'clip_score' compares samples with their prompts, but f has none"),
+        (["gone"], "gone does not exist"),
+        (["f", "--rewards", "colorfulness", "--out", "o.xlsx"], "the output is .parquet"),
+        (["f", "--rewards", "colorfulness", "--prompts", "gone.txt"], "gone.txt"),
+        (["f", "--rewards", "colorfulness", "--prompts", "[a, b]"], "2 prompts came for 4 inputs"),
+    ],
+)
+def test_score_refuses_before_anything_is_computed(argv, message, images, capsys):
+    assert main(["score", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and not out
+    assert [path.name for path in Path.cwd().iterdir()] == ["f"]
+
+
+def test_score_reads_its_configs():
+    for file in (ROOT / "configs" / "score").glob("*.yaml"):
+        config = parse(ScoreConfig, ["--config", str(file)], "diffreward score")
+        assert config.rewards and config.paths
+    samples = ROOT / "configs" / "score" / "samples.yaml"
+    assert main(["score", "--config", str(samples)]) == 0
+
+
+def test_score_options_are_those_of_the_library():
+    theirs = inspect.signature(diffreward.score).parameters
+    ours = vars(ScoreConfig())
+    assert set(ours) == set(theirs) - {"inputs", "progress"} | {"paths"}
+    for name in set(ours) - {"paths", "rewards"}:
+        assert ours[name] == theirs[name].default
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("a b --rewards x y --out o", '--out o --paths ["a", "b"] --rewards ["x", "y"]'),
+        ("--out o a", '--out o --paths ["a"]'),
+        ("--out=o a", '--out=o --paths ["a"]'),
+        ("--rewards [x,y] --seed 3", "--seed 3 --rewards [x,y]"),
+        ("--rewards", "--rewards"),
+        ("--help a", '--help --paths ["a"]'),
+    ],
+)
+def test_words_become_lists(argv, expected):
+    assert " ".join(lists_of_words(argv.split(), "paths", "rewards")) == expected

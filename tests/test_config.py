@@ -16,6 +16,7 @@ from diffreward.config import (
 )
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+STEER_CONFIGS = [file for file in CONFIGS if file.parent.name == "steer"]
 
 
 def steer_config(*argv: str) -> SteerConfig:
@@ -176,7 +177,7 @@ def test_config_file_opens_with_command_hardware_and_expectation(file):
     assert "# Hardware: " in text and "# Expected: " in text
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", STEER_CONFIGS, ids=lambda file: file.stem)
 def test_config_file_is_read(file):
     config = steer_config("--config", str(file))
     assert read_prompts(config.prompts)

@@ -1,0 +1,584 @@
+"""Scoring whole folders: nothing lost, nothing computed twice, the same whatever happens."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pictures import folder_of, picture, pixels
+
+from diffreward.rewards import RewardInfo, Scores, evaluate, make_reward
+from diffreward.rewards.towers import Preprocess, share_towers
+from diffreward.samples import Samples
+from diffreward.scoring import Scorer, engine, score, writer
+from diffreward.scoring.decode import to_float
+
+FORK = multiprocessing.get_context("fork")
+LOG = "computed"  # one byte for each sample that `Brightness` was given
+
+
+class Brightness:
+    """Mean of the pixels, of each colour as a part; keeps count, and fails where it is told to."""
+
+    def __init__(self, fail=lambda samples: None, name="brightness", pause=0.0, **info):
+        self.info = RewardInfo(name, modality="image", **info)
+        self.fail, self.pause = fail, pause
+
+    def __call__(self, samples):
+        time.sleep(self.pause)
+        with open(LOG, "ab") as file:
+            file.write(b"." * len(samples))
+        self.fail(samples)
+        colours = samples.data.mean(dim=(2, 3))
+        return Scores(
+            colours.mean(dim=1), colours.std(dim=1), dict(zip("rgb", colours.T, strict=True))
+        )
+
+
+class Prepared:
+    """The same of resized pixels, as a reward with a tower has it."""
+
+    preprocess = Preprocess((16, 16), (0.0,) * 3, (1.0,) * 3)
+
+    def __init__(self, name="prepared"):
+        self.info, self.seen = RewardInfo(name, modality="image"), []
+
+    def __call__(self, samples):
+        return self.score_prepared(self.preprocess(samples.data), samples.prompts)
+
+    def score_prepared(self, prepared, prompts=None):
+        self.seen.append(prepared)
+        return Scores(prepared.mean(dim=(1, 2, 3)))
+
+
+def computed() -> int:
+    return os.path.getsize(LOG) if os.path.exists(LOG) else 0
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+# -- numbers ------------------------------------------------------------------------------------
+
+
+def test_rows_are_those_of_the_files_in_order(here):
+    folder_of(here / "f", 30)
+    found = score("f", ["colorfulness", Brightness(), Prepared()], batch_size=7)
+    files = sorted(str(path) for path in Path("f").rglob("*.png"))
+    assert found.table["id"].to_pylist() == found.table["path"].to_pylist() == files
+    truth = np.array([pixels(int(Path(f).stem), height=24 + 8 * (int(Path(f).stem) % 2)).mean()
+                      for f in files]) / 255  # fmt: skip
+    np.testing.assert_allclose(found["brightness"], truth, atol=1e-6)
+    np.testing.assert_allclose(found["prepared"], truth, atol=0.02)  # resized
+    for n in (0, 17):
+        image = to_float(np.array(picture_of(files[n]))[None])
+        expected = evaluate(make_reward("colorfulness"), Samples(image, "image")).value.item()
+        assert found["colorfulness"][n] == pytest.approx(expected, rel=1e-5)
+    names = ["id", "path", "prompt", "colorfulness", "brightness", "brightness_std"]
+    names += ["brightness.b", "brightness.g", "brightness.r", "prepared", "error", "notes"]
+    assert found.table.column_names == names
+    assert found.errors == [] and found.computed == 30
+
+
+def picture_of(file):
+    n = int(Path(file).stem)
+    return picture(n, height=24 + 8 * (n % 2))
+
+
+def test_neighbours_and_workers_make_no_difference(here):
+    folder_of(here / "f", 10, broken=2)
+    rewards = ["clip_score", Prepared(), "colorfulness"]
+    tables = [
+        score("f", rewards, prompts="a red heart", batch_size=size, num_workers=workers).table
+        for size, workers in [(7, 1), (32, 0)]
+    ]
+    for table in tables[1:]:
+        assert table["error"] == tables[0]["error"] and table["id"] == tables[0]["id"]
+        for name in ("clip_score", "prepared", "colorfulness"):
+            ours, theirs = (t[name].to_numpy(zero_copy_only=False) for t in (table, tables[0]))
+            np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+def test_clip_score_is_that_of_the_library(here):
+    picture(3).save("a.png")
+    picture(5, height=64).save("b.png")
+    Path("m.csv").write_text("path,prompt\na.png,a red heart\nb.png,blue star\n")
+    found = score("m.csv", "clip_score")
+    reward = make_reward("clip_score")
+    for n, (file, prompt) in enumerate([("a.png", "a red heart"), ("b.png", "blue star")]):
+        image = to_float(pixels(*((3, 24) if file == "a.png" else (5, 64)))[None])
+        expected = evaluate(reward, Samples(image, "image", [prompt])).value.item()
+        assert found["clip_score"][n] == pytest.approx(expected, abs=1e-5)
+
+
+def test_summary():
+    values = np.linspace(0, 1, 21, dtype=np.float32)
+    images = torch.tensor(values)[:, None, None, None].expand(-1, 3, 4, 4)
+    found = score(Samples(images, "image"), Brightness())
+    expected = {"count": 21, "errors": 0, "mean": 0.5, "std": np.std(values), "p5": 0.05,
+                "p50": 0.5, "p95": 0.95}  # fmt: skip
+    assert found.summary()["brightness"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_infinite_scores_are_legal_and_survive_every_format(here):
+    folder_of(here / "f", 3)
+
+    def constraint(samples):
+        return torch.where(samples.data.mean(dim=(1, 2, 3)) > -1, -torch.inf, 0.0)
+
+    for end in (".parquet", ".jsonl", ".csv"):
+        found = score("f", {"hard": constraint}, out=f"o{end}")
+        assert found["hard"].tolist() == [-np.inf] * 3
+        assert found.summary()["hard"]["p50"] == -np.inf
+    assert '"hard": "-inf"' in Path("o.jsonl").read_text() and ",-inf," in Path("o.csv").read_text()
+
+
+# -- inputs -------------------------------------------------------------------------------------
+
+
+def test_the_same_twice_is_computed_once(here):
+    folder_of(here / "f", 6)
+    files = sorted(str(p) for p in Path("f").rglob("*.png"))
+    found = score(["f", files[2], "f"], Brightness(), shard_rows=4, batch_size=3)
+    assert len(found) == 13 and found.computed == computed() == 6
+    assert found.table["id"].to_pylist() == [*files, files[2], *files]
+    assert found["brightness"][6] == found["brightness"][2] == found["brightness"][9]
+
+
+def test_manifest_columns_are_kept_and_given_as_context(here):
+    for n in range(3):
+        picture(n).save(f"{n}.png")
+    rows = [
+        {"path": "0.png", "prompt": "x", "target": 0.5, "tags": ["a"], "error": "theirs"},
+        {"path": "1.png", "prompt": None, "target": None, "tags": None, "error": None},
+        {"path": "2.png", "prompt": "z", "target": 2, "tags": "b", "error": None},
+    ]
+    Path("m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    class Distance(Brightness):
+        def __call__(self, samples):
+            target = torch.tensor(samples.context["target"])
+            return (samples.data.mean(dim=(1, 2, 3)) - target).abs()
+
+    distance = Distance(name="distance", needs_context=("target",))
+    judge = Brightness(name="judge", needs_prompt=True)
+    found = score("m.jsonl", [distance, judge])
+    rows = found.table.to_pylist()
+    means = [pixels(n).mean() / 255 for n in range(3)]
+    assert rows[0]["distance"] == pytest.approx(abs(means[0] - 0.5), abs=1e-6)
+    assert rows[2]["distance"] == pytest.approx(abs(means[2] - 2), abs=1e-6)
+    assert rows[1]["distance"] is None and rows[1]["judge"] is None
+    assert rows[1]["error"] == (
+        "distance: it needs target, and there is none; judge: it needs a prompt, and there is none"
+    )
+    assert [row["target"] for row in rows] == [0.5, None, 2.0]
+    assert [row["tags"] for row in rows] == ['["a"]', None, "b"]
+    assert [row["input.error"] for row in rows] == ["theirs", None, None]
+
+
+def test_sequences_and_texts(here):
+    Path("s.fasta").write_text(">a\nGGCC\n>b\nATAT\n>c\nANA\n>d\nGAT\n")
+
+    def gc(samples):
+        assert samples.data.dtype == torch.int64
+        return ((samples.data == 1) | (samples.data == 2)).float().mean(dim=1)
+
+    gc.info = RewardInfo("gc", modality="dna")
+    rows = score("s.fasta", gc).table.to_pylist()
+    assert [row["gc"] for row in rows] == [1.0, 0.0, None, pytest.approx(1 / 3)]
+    assert "letter 2 is 'N'" in rows[2]["error"]
+    Path("t.txt").write_text("a\n\nfour\n")
+
+    def length(samples):
+        return torch.tensor([float(len(text)) for text in samples.data])
+
+    length.info = RewardInfo("length", modality="text")
+    found = score("t.txt", length)
+    assert found.errors == [] and found["length"].tolist() == [1, 4]
+
+
+def test_samples_in_memory(here):
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompts = ["a red heart", "b", "c", "d", "e"]
+    samples = Samples(images, "image", prompts)
+    found = score(samples, ["clip_score", "colorfulness"], out="o.parquet", batch_size=2)
+    for name in ("clip_score", "colorfulness"):
+        truth = evaluate(make_reward(name), samples).value.numpy()
+        np.testing.assert_allclose(found[name], truth, atol=1e-5, rtol=1e-5)
+    assert found.table["id"].to_pylist() == list("01234")
+    assert pq.read_table("o.parquet").equals(found.table)
+    with pytest.raises(ValueError, match="these samples have none"):
+        score(Samples(images, "image"), "clip_score")
+    with pytest.raises(ValueError, match="scores image samples, but text"):
+        score(Samples(["a"], "text"), "clip_score")
+
+
+# -- what is shared -----------------------------------------------------------------------------
+
+
+def test_rewards_with_one_preprocessing_get_the_same_tensor(here):
+    folder_of(here / "f", 5)
+    first, second = Prepared("first"), Prepared("second")
+    score("f", [first, second], batch_size=3)
+    assert [len(tensor) for tensor in first.seen] == [3, 2]
+    assert all(a is b for a, b in zip(first.seen, second.seen, strict=True))
+
+
+def test_one_tower_runs_once_for_two_rewards(here):
+    folder_of(here / "f", 4)
+    one, two = make_reward("clip_score"), make_reward("clip_score")
+    assert one.tower is two.tower
+    calls = []
+    handle = one.tower.network.visual.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        found = score("f", {"one": one, "two": two}, prompts="a red heart")
+    finally:
+        handle.remove()
+    assert len(calls) == 1 and np.array_equal(found["one"], found["two"])
+
+
+def test_raw_pixels_are_decoded_only_if_somebody_wants_them():
+    assert not Scorer([Prepared()]).decoder().raw
+    assert Scorer([Prepared(), "colorfulness"]).decoder().raw
+
+
+# -- failures cost a row ------------------------------------------------------------------------
+
+
+def test_a_reward_that_fails_on_one_sample_costs_that_sample(here):
+    folder_of(here / "f", 20)
+    dark = pixels(4).mean() / 255
+
+    def fail(samples):
+        bad = (samples.data.mean(dim=(1, 2, 3)) - dark).abs() < 1e-6
+        if bad.any():
+            raise RuntimeError("too\ndark")
+
+    found = score("f", [Brightness(fail), "colorfulness"], batch_size=16)
+    ((name, error),) = found.errors
+    assert name.endswith("00004.png") and error == "brightness: too dark"
+    assert np.isnan(found["brightness"]).sum() == 1
+    assert not np.isnan(found["colorfulness"]).any()
+    assert computed() < 20 + 16 * 3  # halves, not one by one from the start
+
+
+def test_nan_is_an_error_and_never_zero(here):
+    folder_of(here / "f", 3)
+    found = score("f", {"odd": lambda s: torch.tensor([float("nan")] * len(s))}, batch_size=2)
+    assert found.table["odd"].null_count == 3
+    assert all("odd: reward" in error and "nan" in error for _, error in found.errors)
+
+
+def test_memory_is_found_by_halving(here):
+    folder_of(here / "f", 12)
+
+    def fail(samples):
+        if len(samples) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = score("f", Brightness(fail), batch_size=8)
+    assert found.errors == [] and not np.isnan(found["brightness"]).any()
+
+
+def test_what_always_fails_is_said_at_once(here):
+    folder_of(here / "f", 3)
+
+    def broken(samples):
+        raise RuntimeError("no such thing")
+
+    with pytest.warns(UserWarning, match="'mine' failed on all 3 rows of the first batch.*no such"):
+        score("f", {"mine": broken})
+    with pytest.raises(ImportError):  # not one sample's fault
+        score("f", {"mine": lambda s: __import__("no_such_module")})
+
+
+def test_every_broken_file_is_a_row(here):
+    broken = folder_of(here / "f", 60, broken=24)
+    found = score("f", [Prepared(), "colorfulness"], num_workers=1)
+    assert len(found) == 60
+    wrong = {os.path.abspath(name) for name, _ in found.errors}
+    assert wrong == {os.path.abspath(name) for name in broken} and len(broken) == 24
+    for name in ("prepared", "colorfulness"):
+        assert np.isnan(found[name]).sum() == 24
+        assert not (found[name] == 0).any()
+
+
+# -- output, and going on -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [".parquet", ".jsonl", ".csv"])
+def test_formats_hold_the_same(here, end):
+    folder_of(here / "f", 9, broken=2)
+    picture(1).convert("CMYK").save("f/ink ☕.tif")
+    found = score("f", [Brightness(), "colorfulness"], out=f"o{end}", prompts='one, "two"\nthree')
+    rows = found.table.to_pylist()
+    assert rows[0]["notes"] == "CMYK" and len(rows) == 10
+    if end == ".parquet":
+        written = pq.read_table("o.parquet").to_pylist()
+    elif end == ".jsonl":
+        written = [json.loads(line) for line in Path("o.jsonl").read_text("utf-8").splitlines()]
+    else:
+        options = pyarrow.csv.ParseOptions(newlines_in_values=True)
+        convert = pyarrow.csv.ConvertOptions(strings_can_be_null=True)
+        written = pyarrow.csv.read_csv("o.csv", parse_options=options, convert_options=convert)
+        written = written.to_pylist()
+    assert len(written) == len(rows)
+    for ours, theirs in zip(written, rows, strict=True):
+        assert list(ours) == list(theirs)
+        for name, value in theirs.items():
+            if isinstance(value, float):
+                assert np.float32(ours[name]) == np.float32(value)
+            else:
+                assert ours[name] == value
+    assert sorted(os.listdir()) == [LOG, "f", f"o{end}"]
+
+
+def run_until(check, *args, **options):
+    """`score` in a process of its own, killed as soon as ``check()``; whether it was."""
+    child = FORK.Process(target=score, args=args, kwargs=options)
+    child.start()
+    while child.is_alive() and not check():
+        time.sleep(0.002)
+    killed = child.is_alive()
+    if killed:
+        os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    return killed
+
+
+def torture(here, count, broken, shard_rows, batch_size, pause):
+    names = folder_of(here / "f", count, broken)
+    picture(1).save("f/twice.png")
+    inputs = ["f", "f/twice.png"]
+    rewards = [Brightness(pause=pause), Prepared(), "colorfulness"]
+    options = {"shard_rows": shard_rows, "batch_size": batch_size, "num_workers": 1}
+    whole = score(inputs, rewards, out="whole.parquet", **options)
+    assert len(whole) == count + 2 and whole.computed == count + 1
+    assert len(whole.errors) == len(names) == broken
+    os.remove(LOG)
+
+    shards = -(-count // shard_rows)
+    for part in (0.2, 0.45, 0.7):  # three kills
+        there = lambda: len(list(Path("o.parquet.parts").glob("*.parquet"))) >= part * shards  # noqa
+        assert run_until(there, inputs, rewards, out="o.parquet", **options)
+        assert not os.path.exists("o.parquet")
+    before = computed()
+    kept = sum(pq.read_metadata(p).num_rows for p in Path("o.parquet.parts").glob("*.parquet"))
+    found = score(inputs, rewards, out="o.parquet", **options)
+    assert found.computed == count + 1 - kept  # what was there is not computed again
+    assert computed() - before <= found.computed
+    assert computed() <= count + 1 + 3 * (shard_rows + batch_size)
+    assert found.table.equals(whole.table)
+    assert Path("o.parquet").read_bytes() == Path("whole.parquet").read_bytes()
+    assert not os.path.exists("o.parquet.parts")
+
+
+def test_three_kills_change_nothing(here):
+    torture(here, 300, 24, shard_rows=16, batch_size=8, pause=0.01)
+
+
+@pytest.mark.slow
+def test_three_kills_change_nothing_in_ten_thousand_files(here):
+    torture(here, 10_000, 500, shard_rows=128, batch_size=32, pause=0.0)
+
+
+@pytest.mark.parametrize("moment", ["writing a shard", "writing the output", "tidying up"])
+def test_killed_at_the_worst_moment(here, moment, monkeypatch):
+    folder_of(here / "f", 20)
+    options = {"shard_rows": 8, "batch_size": 4}
+    score("f", "colorfulness", out="whole.parquet", **options)
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_half(table, path):
+        path.write_bytes(b"PAR1 half of it")
+        if moment == "writing the output" or len(list(path.parent.glob("*.parquet"))) == 1:
+            die()
+        write(table, path)
+
+    write = pq.write_table
+    with monkeypatch.context() as patch:
+        if moment == "tidying up":
+            patch.setattr(writer.shutil, "rmtree", die)
+        elif moment == "writing the output":
+            patch.setitem(writer._WRITE, ".parquet", write_half)
+        else:
+            patch.setattr(writer.pq, "write_table", write_half)
+        run_until(lambda: False, "f", "colorfulness", out="o.parquet", **options)
+    assert os.path.exists("o.parquet.parts")
+    found = score("f", "colorfulness", out="o.parquet", **options)
+    assert found.computed == {"writing a shard": 12, "tidying up": 0}.get(moment, 0)
+    assert Path("o.parquet").read_bytes() == Path("whole.parquet").read_bytes()
+    assert not os.path.exists("o.parquet.parts")
+
+
+def interrupted(here, **options):
+    """A run that stopped after its first shard."""
+    folder_of(here / "f", 20)
+    there = lambda: list(Path("o.parquet.parts").glob("*.parquet"))  # noqa: E731
+    reward = Brightness(pause=0.1)
+    assert run_until(there, "f", reward, out="o.parquet", shard_rows=4, batch_size=4, **options)
+
+
+def test_new_files_join_an_interrupted_run(here):
+    interrupted(here)
+    kept = sum(pq.read_metadata(p).num_rows for p in Path("o.parquet.parts").glob("*.parquet"))
+    picture(99).save("f/part-0/00000a.png")
+    found = score("f", Brightness(pause=0.1), out="o.parquet", shard_rows=4, batch_size=4)
+    assert len(found) == 21 and found.computed == 21 - kept and found.errors == []
+
+
+def test_another_request_is_refused_and_nothing_is_lost(here):
+    interrupted(here)
+    before = sorted(os.listdir("o.parquet.parts"))
+    with pytest.raises(FileExistsError, match=r"unfinished results .*\(its rewards differ\)"):
+        score("f", "colorfulness", out="o.parquet")
+    with pytest.raises(FileExistsError, match="its inputs differ"):
+        score("f/part-0", Brightness(), out="o.parquet")
+    assert sorted(os.listdir("o.parquet.parts")) == before
+
+
+def test_what_is_there_is_never_overwritten(here):
+    folder_of(here / "f", 2)
+    Path("o.csv").write_text("mine")
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        score("f", Brightness(), out="o.csv")
+    assert Path("o.csv").read_text() == "mine" and computed() == 0
+
+
+def test_two_processes_do_not_work_on_one_output(here):
+    folder_of(here / "f", 8)
+    slow = Brightness(pause=0.3)
+    child = FORK.Process(
+        target=score, args=("f", slow), kwargs={"out": "o.csv", "shard_rows": 1, "batch_size": 1}
+    )
+    child.start()
+    while not os.path.exists("o.csv.parts/request.json"):
+        time.sleep(0.01)
+    with pytest.raises(FileExistsError, match="another process is scoring"):
+        score("f", slow, out="o.csv")
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert len(score("f", slow, out="o.csv", shard_rows=8)) == 8  # the lock died with it
+
+
+# -- streams and several processes ----------------------------------------------------------------
+
+
+def test_scoring_starts_before_everything_is_listed(here, monkeypatch):
+    for n in range(4):
+        picture(n).save(f"{n}.png")
+    Path("m.jsonl").write_text(
+        "".join(f'{{"path": "{n % 4}.png", "n": {n}}}\n' for n in range(400))
+    )
+    listed = []
+    key = engine.Item.key
+    monkeypatch.setattr(
+        engine.Item, "key", lambda self, context=(): listed.append(1) or key(self, context)
+    )
+
+    class Watch(Brightness):
+        def __call__(self, samples):
+            seen.append(len(listed))
+            return super().__call__(samples)
+
+    seen = []
+    found = score(
+        "m.jsonl", Watch(needs_context=("n",)), shard_rows=50, batch_size=50, num_workers=0
+    )
+    assert seen[0] == 50 and len(seen) == 8 and len(found) == 400
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_processes_share_the_work(here, order, monkeypatch):
+    folder_of(here / "f", 30, broken=5)
+    options = {"shard_rows": 4, "batch_size": 3}
+    alone = score(["f", "f"], [Brightness(), Prepared()], out="alone.parquet", **options)
+    os.remove(LOG)
+    found = []
+    for rank in order:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        found.append(score(["f", "f"], [Brightness(), Prepared()], out="o.parquet", **options))
+    assert [each.table is None for each in found] == [True, True, False]
+    assert sum(each.computed for each in found) == alone.computed == 30
+    assert all(each.computed for each in found)
+    assert Path("o.parquet").read_bytes() == Path("alone.parquet").read_bytes()
+    with pytest.raises(ValueError, match="3 processes share this work"):
+        score("f", Brightness())
+
+
+def test_a_scorer_travels_to_other_processes(here):
+    folder_of(here / "f", 3)
+    items = engine.Inputs(["f"]).first(3)
+    scorer = Scorer({"mine": "colorfulness"})
+    rows = scorer(items)
+    assert pickle.loads(pickle.dumps(scorer))(items) == rows and len(pickle.dumps(scorer)) < 1000
+
+
+# -- what is refused before anything is computed ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rewards", "options", "message"),
+    [
+        ("f", "colourfulness", {}, "did you mean"),
+        ("f", [], {}, "at least one reward"),
+        ("gone", "colorfulness", {}, "gone does not exist"),
+        ("empty", "colorfulness", {}, "nothing to score in empty"),
+        ("f", "clip_score", {}, "x.txt beside it"),
+        ("f", Brightness(), {"out": "o.xlsx"}, "the output is .parquet, .jsonl, .csv"),
+        ("f", Brightness(), {"batch_size": 0}, "batch_size must be at least 1"),
+        ("f", Brightness(), {"num_workers": -1}, "num_workers must be at least 0"),
+        ("f", Brightness(), {"prompts": ["a"]}, "1 prompts came for 2 inputs"),
+        ("f/part-0/00000.png", Brightness(), {"out": "file/o.csv"}, "choose another output"),
+    ],
+)
+def test_refused(here, inputs, rewards, options, message):
+    folder_of(here / "f", 2)
+    os.mkdir("empty")
+    Path("file").touch()
+    with pytest.raises((ValueError, OSError), match=message):
+        score(inputs, rewards, **options)
+    assert sorted(os.listdir()) == ["empty", "f", "file"]
+
+
+def test_rewards_of_different_kinds_are_refused(here):
+    def length(samples):
+        return torch.zeros(len(samples))
+
+    length.info = RewardInfo("length", modality="text")
+    folder_of(here / "f", 2)
+    with pytest.raises(ValueError, match="clip_score scores image, length scores text"):
+        score("f", ["clip_score", length])
+    with pytest.raises(ValueError, match="expected .txt files"):
+        score("f/part-0/00000.png", length)
+
+
+def test_columns_are_told_apart(here):
+    folder_of(here / "f", 2)
+    rewards = [Brightness(), Brightness(), {"name": "jpeg_compressibility", "quality": 50}]
+    found = score("f", [*rewards, "jpeg_compressibility", Brightness(name="error")])
+    names = [n for n in found.table.column_names if "." not in n and "_std" not in n]
+    assert names == ["id", "path", "prompt", "brightness", "brightness 2", "jpeg_compressibility",
+                     "jpeg_compressibility 2", "error 2", "error", "notes"]  # fmt: skip
+
+
+def test_share_towers_is_left_as_it_was(here):
+    folder_of(here / "f", 2)
+    with share_towers():
+        score("f", "colorfulness")
