@@ -119,6 +119,7 @@ examples:
   diffreward score images/ more.csv --rewards colorfulness jpeg_compressibility --out scores.parquet
   diffreward score shard-*.tar --rewards '{name: clip_score, model: ViT-L-14, pretrained: openai}'
   torchrun --nproc_per_node 8 -m diffreward score images/ --out scores.parquet
+  RAY_ADDRESS=auto diffreward score images/ --out scores.parquet --engine ray
 """
 
 

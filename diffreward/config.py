@@ -166,6 +166,8 @@ class ScoreConfig:
         num_workers: processes that decode; null: by the number of cores.
         shard_rows: rows that are written, and lost by a kill, together.
         device: cpu, cuda, cuda:1, mps, ...; null: CUDA if there is one.
+        engine: local, or ray: the Ray cluster of RAY_ADDRESS, or of this machine.
+        num_actors: of Ray; null: one for each GPU, or CPU core if there is no GPU.
     """
 
     paths: str | list[str] = field(default_factory=lambda: [SAMPLES])
@@ -180,6 +182,8 @@ class ScoreConfig:
     num_workers: int | None = None
     shard_rows: int = 256
     device: str | None = None
+    engine: Literal["local", "ray"] = "local"
+    num_actors: int | None = None
 
 
 # --------------------------------------------------------------------------------------------

@@ -11,13 +11,17 @@ ones), saved and loaded as a user's checkpoint is. The same JPEG files are then 
 - ``score``: `diffreward.score`, from files to a Parquet file;
 - ``loop``: one image at a time, opened, transformed by open_clip in PIL, and its prompt encoded
   each time, as the published packages do;
-- ``two``: `score` by CLIP and by an aesthetic head on the same tower.
+- ``two``: `score` by CLIP and by an aesthetic head on the same tower;
+- ``torchmetrics``, if it is installed: its CLIPScore in batches, of the same network and
+  transform, which it is given as model and processor: with the features of transformers 5, which
+  are no tensors, it fails (torchmetrics 1.9). It has one number for all images, none for each.
 
 Goals: score at least 0.9 of forward, at least 3 times loop; two under 1.1 times the cost of one.
 Results belong in docs/benchmarks.md, with hardware and date.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -140,6 +144,54 @@ class Bench:
                 text = network.encode_text(tokenizer([prompt]).to(self.args.device), normalize=True)
                 (image * text).sum().item()
 
+    def torchmetrics(self):
+        from torchmetrics.multimodal import CLIPScore
+
+        network = _ForTorchmetrics(self.clip.tower.network)
+        metric = CLIPScore(lambda: (network, _Processor(network.clip, self.model)))
+        with torch.no_grad():
+            for start in range(0, len(self.files), self.args.batch_size):
+                images = []
+                for file in self.files[start : start + self.args.batch_size]:
+                    with Image.open(file) as image:
+                        pixels = np.array(image.convert("RGB"))
+                    images.append(torch.from_numpy(pixels).permute(2, 0, 1).to(self.args.device))
+                metric.update(images, self.prompts[start : start + self.args.batch_size])
+        return metric.compute().item()
+
+
+class _ForTorchmetrics(torch.nn.Module):
+    """An open_clip network by the names that CLIPScore calls."""
+
+    config = None
+
+    def __init__(self, clip):
+        super().__init__()
+        self.clip = clip
+
+    def get_image_features(self, pixels):
+        return self.clip.encode_image(pixels)
+
+    def get_text_features(self, tokens, mask):
+        return self.clip.encode_text(tokens)
+
+
+class _Processor:
+    """open_clip's transform and tokenizer, called as a processor of transformers is."""
+
+    def __init__(self, network, model):
+        import open_clip
+
+        self.transform = open_clip.image_transform(network.visual.image_size, is_train=False)
+        self.tokenizer = open_clip.get_tokenizer(model)
+
+    def __call__(self, images=None, text=None, **_):
+        if text is not None:
+            tokens = self.tokenizer(text)
+            return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        return {"pixel_values": torch.stack([self.transform(image) for image in pictures])}
+
 
 def clock(work, device) -> float:
     started = time.perf_counter()
@@ -165,6 +217,8 @@ def main() -> None:
         bench = Bench(args, Path(folder))
         arms = {"forward": bench.forward, "score": bench.score, "two": bench.two,
                 "loop": bench.loop}  # fmt: skip
+        if importlib.util.find_spec("torchmetrics"):
+            arms["torchmetrics"] = bench.torchmetrics
         for work in arms.values():  # warm-up; from here on, prompts are known to `score`
             work()
         seconds = {name: [] for name in arms}
@@ -177,6 +231,12 @@ def main() -> None:
         found = {"min": ratios[0], "median": statistics.median(ratios), "max": ratios[-1]}
         return {name: round(number, 3) for name, number in found.items()}
 
+    compared = {
+        "rate of score / rate of forward (goal: >= 0.9)": ("forward", "score"),
+        "rate of score / rate of loop (goal: >= 3)": ("loop", "score"),
+        "cost of two / cost of one (goal: < 1.1)": ("two", "score"),
+        "rate of score / rate of torchmetrics": ("torchmetrics", "score"),
+    }
     print(
         json.dumps(
             {
@@ -189,9 +249,7 @@ def main() -> None:
                     name: round(args.images / statistics.median(times), 2)
                     for name, times in seconds.items()
                 },
-                "rate of score / rate of forward (goal: >= 0.9)": ratio("forward", "score"),
-                "rate of score / rate of loop (goal: >= 3)": ratio("loop", "score"),
-                "cost of two / cost of one (goal: < 1.1)": ratio("two", "score"),
+                **{about: ratio(*two) for about, two in compared.items() if two[0] in seconds},
             },
             indent=2,
         )

@@ -3,18 +3,25 @@
 Rows are listed in chunks of ``shard_rows``; of each chunk, what is not there yet is decoded in
 worker processes ahead of the model, scored in batches, and written as one shard. Chunks do not
 depend on what was scored before, so that a run which was killed goes on with the very batches it
-would have had. Under ``torchrun`` or ``accelerate launch``, process r of n takes every n-th chunk.
+would have had. Under ``torchrun`` or ``accelerate launch``, process r of n takes every n-th chunk;
+with ``engine="ray"``, the actors of a Ray cluster take batches (`diffreward.scoring.on_ray`).
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import pickle
+import signal
+import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -23,17 +30,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffreward import __version__
 from diffreward.rewards import RewardSpec
 from diffreward.samples import Samples
-from diffreward.scoring.planner import LARGEST_BATCH, Row, Scorer
+from diffreward.scoring.decode import Decoder
+from diffreward.scoring.planner import CPU_BATCH, LARGEST_BATCH, Row, Scorer
 from diffreward.scoring.readers import Inputs, Item, expand
 from diffreward.scoring.writer import Parts, check_output
 
 _FEW = 64  # inputs that are not worth starting processes for
+_DEADLY = "it kills the process that decodes it"
 
 
 @dataclass
@@ -110,6 +120,8 @@ def score(
     num_workers: int | None = None,
     shard_rows: int = 256,
     device: torch.device | str | None = None,
+    engine: str = "local",
+    num_actors: int | None = None,
     progress: bool = False,
 ) -> ScoreTable:
     """Score files, or samples in memory, by one or more rewards.
@@ -127,6 +139,11 @@ def score(
         num_workers: processes that decode; 0: none but this one; None: by the number of cores.
         shard_rows: rows that are written, and lost if the run is killed, together.
         device: None: CUDA if there is one.
+        engine: ``"local"``: this process (and those that torchrun started beside it); ``"ray"``:
+            the Ray cluster that ``RAY_ADDRESS`` names, or this machine. Every machine must see
+            the files under the same paths.
+        num_actors: of Ray, each with a model of its own; None: one for each GPU, or CPU core if
+            there is no GPU.
         progress: show a bar.
 
     Raises:
@@ -134,17 +151,25 @@ def score(
             is not there or of another kind than the rewards score, an unknown reward, prompts
             that are needed and missing, an output that exists or is of another request.
         OSError: the output cannot be written.
+        ImportError: Ray is asked for and not installed.
 
     What is wrong with one input is never raised: it is an error of its row.
     """
-    for name, value, least in [("batch_size", batch_size, 1), ("num_workers", num_workers, 0),
-                               ("shard_rows", shard_rows, 1)]:  # fmt: skip
+    for name, value, least in [
+        ("batch_size", batch_size, 1), ("num_workers", num_workers, 0),
+        ("shard_rows", shard_rows, 1), ("num_actors", num_actors, 1),
+    ]:  # fmt: skip
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, but {value} came")
     out = None if out is None else Path(out)
     if out is not None:
         check_output(out)
+    if engine not in ("local", "ray"):
+        raise ValueError(f"engine is 'local' or 'ray', but {engine!r} came")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if engine == "ray" and (world > 1 or isinstance(inputs, Samples)):
+        came = f"{world} processes (WORLD_SIZE is set)" if world > 1 else "samples in memory"
+        raise ValueError(f"engine='ray' is for one process and files, but {came} came")
     if world > 1 and device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if isinstance(inputs, Samples):
@@ -157,37 +182,46 @@ def score(
     paths = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     paths = [os.fspath(path) for path in paths]
     expand(paths)  # before weights are loaded
-    scorer = Scorer(rewards, device)
-    listed = Inputs(
-        paths, scorer.kind, data_column=data_column, prompt_column=prompt_column, prompts=prompts
-    )
-    if scorer.needs_prompt:
-        listed.require_prompts(f"reward {scorer.needs_prompt[0]!r}")
-    request = _request(scorer, paths, prompts, data_column, prompt_column)
-    parts = Parts(out, request, rank)
-    try:
-        if batch_size is None:
-            batch_size = parts.batch_size or scorer.find_batch_size(listed.first(8))
-        parts.remember(batch_size := min(batch_size, LARGEST_BATCH, shard_rows))
-        run = _Run(listed, scorer, parts, batch_size, shard_rows, rank, world)
-        if num_workers is None:
-            num_workers = _workers(scorer.device) if len(listed.first(_FEW + 1)) > _FEW else 0
-        started = time.monotonic()
-        run.go(num_workers, progress)
-        seconds = time.monotonic() - started
-        table = parts.finish(list(scorer.specs))
-    finally:
-        parts.close()
+    if engine == "ray":
+        from diffreward.scoring.on_ray import Cluster
+
+        machine = Cluster(num_actors)
+    else:
+        machine = _Local(num_workers)
+    with machine:
+        scorer = Scorer(rewards, device or machine.device)
+        listed = Inputs(
+            paths, scorer.kind, data_column=data_column, prompt_column=prompt_column,
+            prompts=prompts,
+        )  # fmt: skip
+        if scorer.needs_prompt:
+            listed.require_prompts(f"reward {scorer.needs_prompt[0]!r}")
+        request = _request(scorer, paths, prompts, data_column, prompt_column)
+        parts = Parts(out, request, rank)
+        try:
+            if batch_size is None:
+                batch_size = parts.batch_size or machine.find_batch_size(scorer, listed.first(8))
+            parts.remember(batch_size := min(batch_size, LARGEST_BATCH, shard_rows))
+            run = _Run(listed, scorer, parts, batch_size, shard_rows, rank, world)
+            few = len(listed.first(_FEW + 1)) <= _FEW
+            started = time.monotonic()
+            run.go(machine.scored(scorer, run.tasks(), few), progress)
+            seconds = time.monotonic() - started
+            table = parts.finish(list(scorer.specs))
+        finally:
+            parts.close()
     return ScoreTable(table, list(scorer.specs), out, run.computed, seconds, batch_size)
 
 
 @dataclass
 class _Task:
-    """A batch; the last one of its chunk says so, for then the chunk is written."""
+    """A batch: number ``place`` of the ``siblings`` of its chunk, which are written together."""
 
     items: list[Item]
     keys: list[bytes]
-    last: bool = False
+    chunk: int
+    place: int
+    siblings: int = 0
 
 
 @dataclass
@@ -201,42 +235,27 @@ class _Run:
     world: int
     computed: int = 0
 
-    def go(self, num_workers: int, progress: bool) -> None:
-        """Score what is missing."""
-        keys: list[bytes] = []
-        rows: list[Row] = []
+    def go(self, scored: Iterator[tuple[_Task, list[Row]]], progress: bool) -> None:
+        """Keep what is scored; batches come in any order."""
+        chunks: dict[int, dict[int, tuple[list[bytes], list[Row]]]] = {}
         bar = tqdm(desc="score", unit="row", delay=2, disable=not progress)
-        with bar:
-            for task, found in self._scored(num_workers):
+        with bar, closing(scored):
+            for task, rows in scored:
                 if not self.computed:
-                    self._warn_if_hopeless(found)
-                keys += task.keys
-                rows += found
-                self.computed += len(found)
-                bar.update(len(found))
-                if task.last:
-                    self.parts.add(keys, rows)
-                    keys, rows = [], []
+                    self._warn_if_hopeless(rows)
+                chunk = chunks.setdefault(task.chunk, {})
+                chunk[task.place] = task.keys, rows
+                self.computed += len(rows)
+                bar.update(len(rows))
+                if len(chunk) == task.siblings:
+                    done = [chunk[place] for place in range(task.siblings)]
+                    self.parts.add(
+                        [key for keys, _ in done for key in keys],
+                        [row for _, rows in done for row in rows],
+                    )
+                    del chunks[task.chunk]
 
-    def _scored(self, num_workers: int) -> Iterator[tuple[_Task, list[Row]]]:
-        """Batches with their rows, decoded in other processes while the model works."""
-        waiting: deque[_Task] = deque()
-
-        def batches() -> Iterator[list[Item]]:
-            for task in self._tasks():
-                waiting.append(task)
-                yield task.items
-
-        loader = DataLoader(
-            self.scorer.decoder(), sampler=batches(), batch_size=None, collate_fn=_same,
-            num_workers=num_workers, worker_init_fn=_quiet_worker,
-            pin_memory=self.scorer.device.type == "cuda",
-        )  # fmt: skip
-        for decoded in loader:
-            task = waiting.popleft()
-            yield task, self.scorer(task.items, decoded)
-
-    def _tasks(self) -> Iterator[_Task]:
+    def tasks(self) -> Iterator[_Task]:
         """Everything is listed; what is there, or not this process's, makes no task."""
         done, seen = self.parts.done(), set()
         items, number = iter(self.listed), 0
@@ -249,19 +268,19 @@ class _Run:
                     seen.add(key)
                     first[key] = item
             if number % self.world == self.rank:
-                yield from self._split({k: i for k, i in first.items() if k not in done})
+                missing = {key: item for key, item in first.items() if key not in done}
+                yield from self._split(missing, number)
             number += 1
 
-    def _split(self, chunk: dict[bytes, Item]) -> list[_Task]:
+    def _split(self, chunk: dict[bytes, Item], number: int) -> list[_Task]:
         tasks = []
         for prompted in (True, False):
             some = [(k, item) for k, item in chunk.items() if (item.prompt is not None) == prompted]
             for start in range(0, len(some), self.batch_size):
                 batch = some[start : start + self.batch_size]
-                tasks.append(_Task([item for _, item in batch], [key for key, _ in batch]))
-        if tasks:
-            tasks[-1].last = True
-        return tasks
+                keys, items = [key for key, _ in batch], [item for _, item in batch]
+                tasks.append(_Task(items, keys, number, len(tasks)))
+        return [replace(task, siblings=len(tasks)) for task in tasks]
 
     def _warn_if_hopeless(self, rows: list[Row]) -> None:
         """One warning now, instead of the same error in a million rows in the end."""
@@ -274,6 +293,119 @@ class _Run:
                     f"{errors[0]}",
                     stacklevel=2,
                 )
+
+
+class _Local:
+    """This process scores, and workers decode ahead of it.
+
+    A file can kill who decodes it (a decoder's segmentation fault, too little memory). The
+    batches that the dead worker may have had are then decoded in processes of their own, the
+    files at fault become errors of their rows, and the rest goes on.
+    """
+
+    device = None  # the rewards' own choice
+
+    def __init__(self, num_workers: int | None) -> None:
+        self.num_workers = num_workers
+
+    def __enter__(self) -> _Local:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def find_batch_size(self, scorer: Scorer, items: Sequence[Item]) -> int:
+        return scorer.find_batch_size(items)
+
+    def scored(
+        self, scorer: Scorer, tasks: Iterator[_Task], few: bool
+    ) -> Iterator[tuple[_Task, list[Row]]]:
+        """Batches with their rows, in order."""
+        num_workers = self.num_workers
+        if num_workers is None:
+            num_workers = 0 if few else _workers(scorer.device)
+        decoder, again, given = scorer.decoder(), deque(), deque()
+
+        def batches() -> Iterator[list[Item]]:
+            while task := again.popleft() if again else next(tasks, None):
+                given.append(task)
+                yield task.items
+
+        while True:
+            loader = iter(DataLoader(
+                decoder, sampler=batches(), batch_size=None, collate_fn=_same,
+                num_workers=num_workers, worker_init_fn=_quiet_worker,
+                pin_memory=scorer.device.type == "cuda",
+            ))  # fmt: skip
+            with _deaf_to_deaths():
+                try:
+                    while (decoded := next(loader, None)) is not None:
+                        task = given.popleft()
+                        yield task, scorer(task.items, decoded)
+                    return
+                except RuntimeError as err:
+                    if "DataLoader worker" not in str(err):
+                        raise
+                    death = err
+            del loader  # ends the other workers
+            again.extendleft(reversed(_without_deadly(decoder, given, death)))
+            given.clear()
+
+
+def _without_deadly(decoder: Decoder, tasks: Sequence[_Task], death: Exception) -> list[_Task]:
+    """The same tasks, but items that kill who decodes them have an error instead.
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    safe = []
+    for task in tasks:
+        deadly = _deadly(decoder, task.items)
+        items = [
+            replace(item, error=_DEADLY) if n in deadly else item
+            for n, item in enumerate(task.items)
+        ]
+        safe.append(replace(task, items=items))
+    if all(before.items == after.items for before, after in zip(tasks, safe, strict=True)):
+        raise RuntimeError(
+            "a process that decodes died, though each batch can be decoded; if memory was short, "
+            "lower num_workers or batch_size. The same call again goes on where this one stopped"
+        ) from death
+    return safe
+
+
+def _deadly(decoder: Decoder, items: Sequence[Item]) -> set[int]:
+    """Numbers of the items that kill who decodes them, found by halving."""
+    process = multiprocessing.get_context().Process(target=decoder.__getitem__, args=(items,))
+    process.start()
+    process.join()
+    if process.exitcode == 0:
+        return set()
+    if len(items) == 1:
+        return {0}
+    half = len(items) // 2
+    late = _deadly(decoder, items[half:])
+    return _deadly(decoder, items[:half]) | {half + n for n in late}
+
+
+@contextmanager
+def _deaf_to_deaths() -> Iterator[None]:
+    """Let a worker's death be noticed where its batch is awaited.
+
+    torch raises it from a signal handler, that is anywhere: in the midst of a reward, too, of
+    which it would become an error.
+    """
+    if (
+        not hasattr(signal, "SIGCHLD")
+        or threading.current_thread() is not threading.main_thread()
+    ):  # fmt: skip
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 def _score_samples(
@@ -298,23 +430,53 @@ def _score_samples(
             f"reward {scorer.needs_prompt[0]!r} compares samples with their prompts, but these "
             "samples have none; give prompts"
         )
-    parts = Parts(out, _request(scorer, [f"{len(samples)} samples in memory"], None, None, None))
-    batch_size = min(batch_size or 32, LARGEST_BATCH)
+    asked = samples.prompts or [None] * len(samples)
+    items = [Item(str(n), prompt=prompt) for n, prompt in enumerate(asked)]
+    keys = _sample_keys(samples)
+    inputs = f"{len(samples)} samples in memory, {blake2b(b''.join(keys)).hexdigest()[:32]}"
+    parts = Parts(out, _request(scorer, [inputs], None, None, None))
+    batch_size = min(batch_size or CPU_BATCH, LARGEST_BATCH)
     try:
         started = time.monotonic()
-        for start in range(0, len(samples), batch_size):
-            numbers = range(start, min(start + batch_size, len(samples)))
-            batch = samples.take(numbers)
-            asked = batch.prompts or [None] * len(batch)
-            items = [Item(str(n), prompt=p) for n, p in zip(numbers, asked, strict=True)]
-            keys = [n.to_bytes(16, "big") for n in numbers]
-            parts.list(items, keys)
-            parts.add(keys, scorer.score_samples(batch))
+        parts.list(items, keys)
+        first = {key: n for n, key in reversed(list(enumerate(keys)))}
+        missing = sorted(first[key] for key in first.keys() - parts.done())
+        for start in range(0, len(missing), batch_size):
+            numbers = missing[start : start + batch_size]
+            rows = scorer.score_samples(samples.take(numbers))
+            parts.add([keys[n] for n in numbers], rows)
         seconds = time.monotonic() - started
         table = parts.finish(list(scorer.specs))
     finally:
         parts.close()
-    return ScoreTable(table, list(scorer.specs), out, len(samples), seconds, batch_size)
+    return ScoreTable(table, list(scorer.specs), out, len(missing), seconds, batch_size)
+
+
+def _sample_keys(samples: Samples) -> list[bytes]:
+    """A key for each sample, of its data, prompt and context: `Item.key` of what is in memory."""
+    held = samples.detach().to("cpu")
+    names = sorted(held.context)
+    keys = []
+    for n in range(len(held)):
+        context = [(name, _as_bytes(held.context[name][n])) for name in names]
+        prompt = None if held.prompts is None else held.prompts[n]
+        extra = {"context": [held.modality, context]}
+        keys.append(
+            Item("", data=_as_bytes(held.data[n]), prompt=prompt, extra=extra).key(["context"])
+        )
+    return keys
+
+
+def _as_bytes(value: Any) -> bytes:
+    """The same value, the same bytes, in every process."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        numbers = value.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype} {tuple(value.shape)} ".encode() + numbers
+    try:
+        return pickle.dumps(value)
+    except Exception:  # never found again: better computed twice than mixed up
+        return os.urandom(16)
 
 
 def _request(
@@ -360,6 +522,4 @@ def _same(decoded):
 
 
 def _quiet_worker(number: int) -> None:
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle

@@ -4,8 +4,8 @@
         --figure assets/figures/emoji_samples.png --out evaluation.json
 
 Minutes on one thread of a 2-core AMD EPYC. Prints, by category, the share of pictures that
-:class:`diffreward.rewards.shapes.ShapesChecker` accepts, and its parts; draws one prompt in six and
-some emoji prompts, unselected, into the figure. Every picture has its own seed.
+:class:`diffreward.rewards.shapes.ShapesChecker` accepts, and its parts; draws five unselected
+pictures of each of the prompts in ``SHOWN`` into the figure. Every picture has its own seed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ from PIL import Image
 from diffreward.rewards.shapes import ShapesChecker
 from diffreward.samples import Samples
 from scripts.embedded.common import grid
-from scripts.embedded.train_unet import PROMPTS
 
-BATCH = 24
+BATCH, COLUMNS, ROWS = 24, 12, 5
+SHOWN = """a red heart;a blue circle;a green square;a yellow star;a red circle and a blue square;
+    a purple star and an orange heart;a black square and a yellow circle;
+    a green heart and a green ring;three green stars;a red heart above a blue circle;
+    a black ring left of a yellow triangle;two blue hearts and a red circle;
+    grinning face;smiling face;slightly smiling face;smiling face with sunglasses;
+    red apple;lemon;tangerine;banana;strawberry;cherries;grapes;cat face"""
+SHOWN = [prompt.strip() for prompt in SHOWN.replace("\n", "").split(";")]
 
 
 def generate(pipe, prompts: list[str], seeds: list[int], steps: int, guidance: float):
@@ -80,13 +86,15 @@ def main() -> None:
         settings = {"steps": args.steps, "guidance": args.guidance, "pictures": len(prompts)}
         args.out.write_text(json.dumps({**settings, "categories": table}, indent=2) + "\n")
     if args.figure:
-        shown = prompts[:: 6 * args.seeds] + PROMPTS[16:]
-        seeds = list(range(len(shown)))
-        sheet = grid(generate(pipe, shown, seeds, args.steps, args.guidance) * 2 - 1, 12)
-        args.figure.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sheet).resize((12 * 96, len(shown) // 12 * 96), Image.LANCZOS).save(
-            args.figure
+        shown = [prompt for prompt in SHOWN for _ in range(ROWS)]
+        pictures = generate(pipe, shown, list(range(len(shown))), args.steps, args.guidance)
+        # a prompt is a column of ROWS pictures
+        columns = (
+            pictures.view(-1, COLUMNS, ROWS, *pictures.shape[1:]).transpose(1, 2).flatten(0, 2)
         )
+        sheet = Image.fromarray(grid(columns * 2 - 1, COLUMNS))
+        args.figure.parent.mkdir(parents=True, exist_ok=True)
+        sheet.resize((sheet.width * 5 // 4, sheet.height * 5 // 4), Image.LANCZOS).save(args.figure)
 
 
 if __name__ == "__main__":

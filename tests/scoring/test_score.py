@@ -18,8 +18,8 @@ from pictures import folder_of, picture, pixels
 from diffreward.rewards import RewardInfo, Scores, evaluate, make_reward
 from diffreward.rewards.towers import Preprocess, share_towers
 from diffreward.samples import Samples
-from diffreward.scoring import Scorer, engine, score, writer
-from diffreward.scoring.decode import to_float
+from diffreward.scoring import Scorer, engine, planner, score, writer
+from diffreward.scoring.decode import Decoder, to_float
 
 FORK = multiprocessing.get_context("fork")
 LOG = "computed"  # one byte for each sample that `Brightness` was given
@@ -226,6 +226,61 @@ def test_samples_in_memory(here):
         score(Samples(["a"], "text"), "clip_score")
 
 
+def test_samples_in_memory_go_on_after_an_interruption(here):
+    images = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[7] = images[1]  # computed once
+    context = {"target": [*range(7), 1, 8, 9]}
+    samples = Samples(images, "image", ["x"] * 10, context)
+
+    def stop(batch):
+        if computed() > 6:  # in the third batch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(samples, Brightness(stop), out="o.parquet", batch_size=3)
+    shards = sorted(os.listdir("o.parquet.parts"))
+    others = {
+        "data": Samples(images.flip(0), "image", ["x"] * 10, context),
+        "prompts": Samples(images, "image", ["x"] * 9 + ["y"], context),
+        "context": Samples(images, "image", ["x"] * 10, {"target": [*context["target"][:9], 0]}),
+        "shape": Samples(images.reshape(10, 3, 4, 16), "image", ["x"] * 10, context),
+    }
+    for other in others.values():
+        with pytest.raises(FileExistsError, match=r"its inputs differ"):
+            score(other, Brightness(), out="o.parquet", batch_size=3)
+    assert sorted(os.listdir("o.parquet.parts")) == shards
+    os.remove(LOG)
+    found = score(samples, Brightness(), out="o.parquet", batch_size=3)
+    assert found.computed == computed() == 3
+    np.testing.assert_allclose(found["brightness"], images.mean(dim=(1, 2, 3)), atol=1e-6)
+    assert found["brightness"][7] == found["brightness"][1]
+
+
+def test_keys_of_samples_in_memory_are_their_contents():
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    names = {"a": torch.arange(3.0), "b": [np.zeros(2000), np.ones(2000), "x"]}
+    samples = Samples(images, "image", ["p"] * 3, names)
+    keys = engine._sample_keys(samples)
+    assert len(set(keys)) == 3
+    again = Samples(images.clone(), "image", ["p"] * 3, dict(reversed(names.items())))
+    assert engine._sample_keys(again) == keys
+    assert engine._sample_keys(samples.take([2, 0])) == [keys[2], keys[0]]
+    late = np.zeros(2000)
+    late[1000] = 1  # not in its repr
+    changed = [
+        Samples(images.double(), "image", ["p"] * 3, names),
+        Samples(images, "image", None, names),
+        Samples(images, "video", ["p"] * 3, names),
+        Samples(images, "image", ["p"] * 3, {"a": names["a"]}),
+        Samples(images, "image", ["p"] * 3, {"c": names["a"], "b": names["b"]}),
+        Samples(images, "image", ["p"] * 3, {**names, "b": [late, *names["b"][1:]]}),
+    ]
+    firsts = [engine._sample_keys(other)[0] for other in changed]
+    assert len({keys[0], *firsts}) == 1 + len(changed)
+    texts = engine._sample_keys(Samples(["a", "b", "a"], "text"))
+    assert texts[0] == texts[2] != texts[1]
+
+
 # -- what is shared -----------------------------------------------------------------------------
 
 
@@ -314,6 +369,48 @@ def test_every_broken_file_is_a_row(here):
     for name in ("prepared", "colorfulness"):
         assert np.isnan(found[name]).sum() == 24
         assert not (found[name] == 0).any()
+
+
+class Deadly(Decoder):
+    """Dies of some files, as a decoder in C may."""
+
+    def _read(self, item):
+        if item.file.endswith(("00003.png", "00031.png", "00032.png")):
+            os._exit(11)
+        return super()._read(item)
+
+
+def test_a_file_that_kills_its_decoder_is_a_row(here, monkeypatch):
+    folder_of(here / "f", 40)
+    healthy = score("f", Prepared())
+    monkeypatch.setattr(planner, "Decoder", Deadly)
+    found = score("f", Prepared(), batch_size=8, num_workers=1, out="o.parquet")
+    names = [os.path.basename(name) for name in found.table["id"].to_pylist()]
+    deadly = [n for n, name in enumerate(names) if name[3:5] in ("03", "31", "32")]
+    assert len(deadly) == len(found.errors) == 3
+    assert {error for _, error in found.errors} == {"it kills the process that decodes it"}
+    expected = healthy["prepared"].copy()
+    expected[deadly] = np.nan
+    np.testing.assert_allclose(found["prepared"], expected, atol=1e-6)
+
+
+class Unlucky(Decoder):
+    """Dies once, of nothing that is in the files."""
+
+    def _read(self, item):
+        if item.file.endswith("00003.png") and not os.path.exists("died"):
+            Path("died").touch()
+            os._exit(9)
+        return super()._read(item)
+
+
+def test_a_decoder_that_dies_of_no_file_stops_the_run_and_says_so(here, monkeypatch):
+    folder_of(here / "f", 12)
+    monkeypatch.setattr(planner, "Decoder", Unlucky)
+    with pytest.raises(RuntimeError, match=r"lower num_workers or batch_size.*goes on where"):
+        score("f", Brightness(), batch_size=4, num_workers=1, out="o.parquet")
+    found = score("f", Brightness(), batch_size=4, num_workers=1, out="o.parquet")
+    assert len(found) == 12 and found.errors == []
 
 
 # -- output, and going on -------------------------------------------------------------------------
@@ -544,6 +641,7 @@ def test_a_scorer_travels_to_other_processes(here):
         ("f", Brightness(), {"out": "o.xlsx"}, "the output is .parquet, .jsonl, .csv"),
         ("f", Brightness(), {"batch_size": 0}, "batch_size must be at least 1"),
         ("f", Brightness(), {"num_workers": -1}, "num_workers must be at least 0"),
+        ("f", Brightness(), {"engine": "spark"}, "engine is 'local' or 'ray', but 'spark' came"),
         ("f", Brightness(), {"prompts": ["a"]}, "1 prompts came for 2 inputs"),
         ("f/part-0/00000.png", Brightness(), {"out": "file/o.csv"}, "choose another output"),
     ],
