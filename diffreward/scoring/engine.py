@@ -9,11 +9,13 @@ with ``engine="ray"``, the actors of a Ray cluster take batches (`diffreward.sco
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -331,13 +333,13 @@ class _Local:
                 given.append(task)
                 yield task.items
 
-        while True:
-            loader = iter(DataLoader(
-                decoder, sampler=batches(), batch_size=None, collate_fn=_same,
-                num_workers=num_workers, worker_init_fn=_quiet_worker,
-                pin_memory=scorer.device.type == "cuda",
-            ))  # fmt: skip
-            with _deaf_to_deaths():
+        with _deaf_to_deaths():  # to the end: the dead are waited for, too
+            while True:
+                loader = iter(DataLoader(
+                    decoder, sampler=batches(), batch_size=None, collate_fn=_same,
+                    num_workers=num_workers, worker_init_fn=_quiet_worker,
+                    pin_memory=scorer.device.type == "cuda",
+                ))  # fmt: skip
                 try:
                     while (decoded := next(loader, None)) is not None:
                         task = given.popleft()
@@ -346,10 +348,10 @@ class _Local:
                 except RuntimeError as err:
                     if "DataLoader worker" not in str(err):
                         raise
-                    death = err
-            del loader  # ends the other workers
-            again.extendleft(reversed(_without_deadly(decoder, given, death)))
-            given.clear()
+                    death = err.with_traceback(None)  # whose frames would keep the loader
+                del loader  # ends the other workers
+                again.extendleft(reversed(_without_deadly(decoder, given, death)))
+                given.clear()
 
 
 def _without_deadly(decoder: Decoder, tasks: Sequence[_Task], death: Exception) -> list[_Task]:
@@ -523,3 +525,5 @@ def _same(decoded):
 
 def _quiet_worker(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if sys.platform == "linux":  # or the workers of a killed run may wait for it for ever
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
