@@ -12,6 +12,7 @@ encoded once each and remembered. open_clip and transformers are imported when f
 
 import difflib
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -206,7 +207,7 @@ _TEXT_CACHE_SIZE = 4096  # prompts; at 1024 features this is 16 MB
 _TOWERS: WeakValueDictionary[Hashable, "Tower"] = WeakValueDictionary()
 
 
-class Tower:
+class Tower(ABC):
     """A frozen encoder of images, and of prompts where it has a text side.
 
     Get one from :func:`load_tower`. A subclass gives ``_encode_images`` and ``_encode_tokens``
@@ -288,15 +289,15 @@ class Tower:
             del self._text[next(iter(self._text))]  # the oldest
         return torch.stack([features[prompt] for prompt in prompts])
 
-    def _encode_images(self, prepared: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _encode_tokens(self, tokens: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _encode_images(self, prepared: Tensor) -> Tensor: ...
 
     def _tokenize(self, prompts: list[str]) -> tuple[Int[Tensor, "b l"], list[bool]]:
         """The tokens, and whether each prompt fitted into them."""
-        raise NotImplementedError
+        raise ValueError(f"{self.name} has no text side, and cannot read prompts")
+
+    def _encode_tokens(self, tokens: Tensor) -> Tensor:
+        raise ValueError(f"{self.name} has no text side, and cannot encode tokens")
 
 
 def load_tower(model: str, pretrained: str | None = None) -> Tower:
@@ -526,7 +527,7 @@ class _Transformers(Tower):
 
     def _tokenize(self, prompts: list[str]) -> tuple[Tensor, list[bool]]:
         if self._tokenizer is None:
-            raise ValueError(f"{self.name} has no text side, and cannot read prompts")
+            return super()._tokenize(prompts)
         # Padded to full length always: SigLIP was trained so, and CLIP does not look past the
         # end of the prompt. No mask: neither needs one then.
         length = self.network.config.text_config.max_position_embeddings
@@ -606,7 +607,7 @@ def weights_file(name: str) -> str:
 # --------------------------------------------------------------------------------------------
 
 
-class TowerReward:
+class TowerReward(ABC):
     """A reward on top of a tower's features; a subclass gives :meth:`score_prepared`.
 
     Args:
@@ -636,11 +637,11 @@ class TowerReward:
     def __call__(self, samples: Samples) -> Scores:
         return self.score_prepared(self.preprocess(samples.data), samples.prompts)
 
+    @abstractmethod
     def score_prepared(
         self, prepared: Float[Tensor, "b 3 H W"], prompts: Sequence[str] | None = None
     ) -> Scores:
         """The scores of images which went through ``preprocess`` already."""
-        raise NotImplementedError
 
     def to(self, device: torch.device | str) -> "TowerReward":
         """Move the network; a call does this by itself to where its samples are."""
