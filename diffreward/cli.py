@@ -55,10 +55,11 @@ def steer(argv: Sequence[str]) -> int:
     prompts = read_prompts(config.prompts)
 
     from diffreward import report, steering
+    from diffreward.files import environment, run_folder
     from diffreward.policies import load_policy
     from diffreward.rewards import make_reward
 
-    with report.run_folder(config.output, "steer") as folder:
+    with run_folder(config.output, "steer") as folder:
         with refusals():  # whatever can be refused is refused before the model is loaded
             guide = make_reward(config.reward)
             _check_options(config, guide)
@@ -71,8 +72,8 @@ def steer(argv: Sequence[str]) -> int:
         found = report.SteeringReport(
             prompts, result, guide.info.name, judges, policy.num_steps, config.steer.ess_threshold
         )
-        environment = report.environment(policy.device, seed=config.seed, seconds=seconds)
-        found.write(folder, to_yaml(replace(config, prompts=prompts)), environment)
+        about = environment(policy.device, seed=config.seed, seconds=seconds)
+        found.write(folder, to_yaml(replace(config, prompts=prompts)), about)
     print(f"{found.summary()}\n\n{found.roots()}; {seconds:.0f} s\nsee {folder / 'grid.png'}")
     return 0
 
@@ -197,17 +198,17 @@ def rewards(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     chosen = parser.parse_args(argv)
 
-    from diffreward import report
+    from diffreward.files import plain, table
     from diffreward.rewards import available_rewards
     from diffreward.rewards.base import find_reward
 
     if chosen.name is None:
         infos = available_rewards().values()
         if chosen.json:
-            print(json.dumps([report.plain(asdict(info)) for info in infos], indent=2))
+            print(json.dumps([plain(asdict(info)) for info in infos], indent=2))
             return 0
         header = ["name", "scores", "gradient", "prompt", "range", "weights", "description"]
-        print(report.table(header, [_reward_row(info) for info in infos], numbers=False))
+        print(table(header, [_reward_row(info) for info in infos], numbers=False))
         print("\n'diffreward rewards NAME' shows its options and licence")
         return 0
 
@@ -218,7 +219,7 @@ def rewards(argv: Sequence[str]) -> int:
         for option in inspect.signature(entry.factory).parameters.values()
     }
     if chosen.json:
-        print(json.dumps(report.plain({**asdict(entry.info), "options": options}), indent=2))
+        print(json.dumps(plain({**asdict(entry.info), "options": options}), indent=2))
         return 0
     print(f"{entry.info.name}\n\n{inspect.getdoc(entry.factory) or entry.info.description}\n")
     facts = {

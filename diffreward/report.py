@@ -1,254 +1,25 @@
-"""What a run leaves behind: its folder, tables, JSON lines, pictures and plots.
-
-Every file is written beside its final name and then renamed, so that a file which is there is
-whole; a folder which is there is never written into by another run.
-"""
+"""What a run of steering or scoring shows: summaries, grids, lineages, a short account."""
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import os
-import platform
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
-from diffreward import __version__
+from diffreward.files import plain, table, write_atomic, write_jsonl, write_text
+from diffreward.pictures import Cell, image_grid, save_image, to_pil
 from diffreward.rewards import Reward, evaluate
 from diffreward.samples import Samples
 from diffreward.steering import SteeringResult
-
-# --------------------------------------------------------------------------------------------
-# Folders and files
-# --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def run_folder(output: str | Path | None, verb: str) -> Iterator[Path]:
-    """A new folder for a run; if the run fails before it writes anything, it goes again.
-
-    Args:
-        output: its path; None: ``runs/<verb>-<date>-<time>``, numbered if that is taken.
-        verb: what the run does.
-
-    Raises:
-        FileExistsError: ``output`` exists.
-        OSError: it cannot be created.
-    """
-    folder = _new_folder(output, verb)
-    try:
-        yield folder
-    except BaseException:
-        with suppress(OSError):  # rmdir removes only what is empty
-            folder.rmdir()
-            if output is None:
-                folder.parent.rmdir()
-        raise
-
-
-def _new_folder(output: str | Path | None, verb: str) -> Path:
-    stem = time.strftime(f"{verb}-%Y%m%d-%H%M%S")
-    names = [stem, *(f"{stem}-{n}" for n in range(2, 1000))]
-    for folder in [Path("runs", name) for name in names] if output is None else [Path(output)]:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-    raise FileExistsError(
-        f"{output or Path('runs', stem)} exists, and results are never overwritten: choose another "
-        "--output, or move it away"
-    )
-
-
-def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with a path beside ``path``, then rename to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Write one JSON object per line. NaN becomes null; infinities the strings "inf", "-inf"."""
-    lines = (json.dumps(plain(row), ensure_ascii=False, allow_nan=False) for row in rows)
-    write_text(path, "".join(line + "\n" for line in lines))
-
-
-def plain(value: Any) -> Any:
-    """``value`` with tensors as numbers or lists, and only numbers that JSON has."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
-
-
-def environment(device: torch.device | str, **more: Any) -> dict[str, Any]:
-    """Versions, device and date of a run, for ``env.json``; nothing that names user or machine."""
-    device = torch.device(device)
-    packages = {}
-    for name in ("torch", "diffusers", "transformers", "open_clip_torch", "numpy"):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = None
-    return {
-        "diffreward": __version__,
-        "python": platform.python_version(),
-        "platform": platform.system(),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.machine(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "packages": packages,
-        **more,
-    }
-
-
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False,
-    numbers: bool = True,
-) -> str:  # fmt: skip
-    """Aligned columns; with ``numbers``, all but the first to the right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[c]) for line in lines) for c in range(len(header))]
-
-    def show(line: Sequence[str]) -> str:
-        cells = [
-            text.rjust(width) if numbers and c > 0 else text.ljust(width)
-            for c, (text, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        return f"| {' | '.join(cells)} |" if markdown else "   ".join(cells).rstrip()
-
-    shown = [show(line) for line in lines]
-    if markdown:
-        ends = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        shown.insert(1, f"| {' | '.join(ends)} |")
-    return "\n".join(shown)
-
-
-# --------------------------------------------------------------------------------------------
-# Pictures
-# --------------------------------------------------------------------------------------------
-
-
-def to_pil(image: Float[Tensor, "3 h w"]) -> Image.Image:
-    """One picture, float32 RGB in [0, 1], as 8 bits."""
-    pixels = (image.detach().float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-def save_image(path: Path, image: Image.Image) -> None:
-    """Write a picture in the format of its name, whole or not at all."""
-    write_atomic(path, image.save)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One picture of a grid, and the lines below it."""
-
-    image: Float[Tensor, "3 h w"]
-    caption: tuple[str, ...] = ()
-
-
-def image_grid(
-    columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]], *, smallest: int = 208,
-    largest: int = 384,
-) -> Image.Image:  # fmt: skip
-    """A labelled grid: a heading per column; per row a title, its pictures, and their captions.
-
-    Args:
-        columns: headings.
-        rows: title and one cell per column. All pictures are of one size.
-        smallest, largest: longer side of a picture in the grid, in pixels. Small ones are
-            enlarged by a whole factor without smoothing, large ones reduced.
-    """
-    font, bold, gap = _font(14), _font(15, bold=True), 14
-    height, width = rows[0][1][0].image.shape[-2:]
-    longer = max(height, width)
-    scale = math.ceil(smallest / longer) if longer < smallest else min(1.0, largest / longer)
-    size = (round(width * scale), round(height * scale))
-    filter = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    captions = [line for _, cells in rows for cell in cells for line in cell.caption]
-    across = max([size[0], *(math.ceil(font.getlength(text)) for text in [*columns, *captions])])
-    total = gap + len(columns) * (across + gap)
-    line, lines = 19, max(len(cell.caption) for _, cells in rows for cell in cells)
-    titles = [_wrap(title, bold, total - 2 * gap) for title, _ in rows]
-    heights = [len(title) * (line + 1) + size[1] + 4 + lines * line + gap for title in titles]
-
-    sheet = Image.new("RGB", (total, gap + line + gap + sum(heights)), "white")
-    draw = ImageDraw.Draw(sheet)
-    lefts = [gap + c * (across + gap) for c in range(len(columns))]
-    for left, heading in zip(lefts, columns, strict=True):
-        draw.text((left, gap), heading, fill="#555555", font=font)
-    top = gap + line + gap
-    for (_, cells), title, tall in zip(rows, titles, heights, strict=True):
-        y = top
-        for part in title:
-            draw.text((gap, y), part, fill="black", font=bold)
-            y += line + 1
-        for left, cell in zip(lefts, cells, strict=True):
-            sheet.paste(to_pil(cell.image).resize(size, filter), (left, y + 2))
-            draw.rectangle((left - 1, y + 1, left + size[0], y + 2 + size[1]), outline="#cccccc")
-            for n, text in enumerate(cell.caption):
-                draw.text((left, y + size[1] + 5 + n * line), text, fill="#333333", font=font)
-        top += tall
-    return sheet
-
-
-@functools.cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings: more letters than Pillow's own font."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 3) -> list[str]:
-    """``text`` in at most ``most`` lines of at most ``width`` pixels, cut with an ellipsis."""
-    lines = [""]
-    for word in text.split() or ["(no prompt)"]:
-        longer = f"{lines[-1]} {word}".strip()
-        if not lines[-1] or font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    cut = lines[:most]
-    if len(lines) > most:
-        cut[-1] += " …"
-    for n, line in enumerate(cut):
-        while font.getlength(line) > width and len(line) > 2:
-            line = line[:-2] + "…"
-        cut[n] = line
-    return cut
-
 
 # --------------------------------------------------------------------------------------------
 # Scoring

@@ -1,12 +1,9 @@
-import json
-import math
-
 import pytest
 import torch
 from painter import Painter
 from PIL import Image
 
-from diffreward import report
+from diffreward import files, report
 from diffreward.rewards import make_reward
 from diffreward.samples import Samples
 from diffreward.steering import steer
@@ -24,113 +21,6 @@ def run():
         "shapes_checker": (make_reward("shapes_checker"), [True, False]),
     }
     return report.SteeringReport(prompts, result, "target_color", judges, 6, 0.98)
-
-
-# -- folders and files --------------------------------------------------------------------------
-
-
-def test_run_folders_are_never_shared(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report.time, "strftime", lambda form: form.split("%")[0] + "now")
-    found = []
-    for _ in range(3):
-        with report.run_folder(None, "steer") as folder:
-            found.append(folder)
-            (folder / "file").touch()
-    assert [f.as_posix() for f in found] == [
-        "runs/steer-now", "runs/steer-now-2", "runs/steer-now-3"
-    ]  # fmt: skip
-    with (
-        pytest.raises(FileExistsError, match="choose another --output"),
-        report.run_folder(found[0], "steer"),
-    ):
-        pass
-
-
-def test_failed_run_leaves_what_was_written_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ZeroDivisionError), report.run_folder(None, "steer"):
-        _ = 1 / 0
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ZeroDivisionError), report.run_folder("kept", "steer") as folder:
-        report.write_text(folder / "a.txt", "a")
-        _ = 1 / 0
-    assert (tmp_path / "kept" / "a.txt").read_text() == "a"
-
-
-def test_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file.txt"
-    report.write_text(path, "old")
-
-    def half(beside):
-        beside.write_text("ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        report.write_atomic(path, half)
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
-
-
-def test_jsonl_is_strict_json(tmp_path):
-    rows = [{"a": math.nan, "b": -math.inf, "c": torch.tensor(1.5), "d": "é"}, {"e": (1, [None])}]
-    report.write_jsonl(tmp_path / "x.jsonl", rows)
-    lines = (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()
-
-    def refuse(constant):
-        raise AssertionError(constant)
-
-    found = [json.loads(line, parse_constant=refuse) for line in lines]
-    assert found == [{"a": None, "b": "-inf", "c": 1.5, "d": "é"}, {"e": [1, [None]]}]
-
-
-def test_environment_names_versions_but_no_machine():
-    found = report.environment("cpu", seed=3)
-    assert found["packages"]["torch"] == torch.__version__.split("+")[0]
-    assert found["device"] == "cpu" and found["seed"] == 3
-    assert set(found) == {
-        "diffreward", "python", "platform", "device", "device_name", "date", "packages", "seed"
-    }  # fmt: skip
-
-
-def test_table():
-    shown = report.table(["name", "a"], [["x", "1.0"], ["longer", "-10.0"]])
-    assert shown.splitlines() == ["name         a", "x          1.0", "longer   -10.0"]
-    shown = report.table(["name", "ab"], [["x", "1"]], markdown=True)
-    assert shown.splitlines() == ["| name | ab |", "| ---- | -: |", "| x    |  1 |"]
-
-
-# -- pictures -----------------------------------------------------------------------------------
-
-
-def test_small_pictures_are_enlarged_without_smoothing():
-    picture = torch.rand(3, 8, 8)
-    sheet = report.image_grid(["one"], [("title", [report.Cell(picture, ("score 1",))])])
-    exact = report.to_pil(picture).resize((208, 208), Image.Resampling.NEAREST)
-    spot = sheet.crop((14, 0, 14 + 208, sheet.height))
-    tops = [y for y in range(sheet.height - 208) if spot.crop((0, y, 208, y + 208)) == exact]
-    assert len(tops) == 1
-
-
-@pytest.mark.parametrize("size", [(64, 64), (100, 37), (1024, 768)])
-def test_grid_of_any_size(size):
-    cells = [report.Cell(torch.rand(3, *size), ("a", "b" * 60)) for _ in range(3)]
-    rows = [("a title that is long " * 30, cells), ("", cells)]
-    sheet = report.image_grid(["x", "y", "z"], rows)
-    assert sheet.width < 2500 and sheet.height < 2500
-
-
-def test_pictures_keep_their_values(tmp_path):
-    picture = torch.randint(0, 256, (3, 5, 7)) / 255
-    report.save_image(tmp_path / "x.png", report.to_pil(picture))
-    with Image.open(tmp_path / "x.png") as image:
-        assert image.size == (7, 5)
-        assert image.getpixel((6, 4)) == tuple((picture[:, 4, 6] * 255).round().int().tolist())
-
-
-def test_slug():
-    assert report.slug("A red Heart, above/below ../x") == "a-red-heart-above-below-x"
-    assert report.slug("☕") == "no-prompt"
 
 
 # -- steering -----------------------------------------------------------------------------------
@@ -174,7 +64,7 @@ def test_roots_follow_the_ancestors():
 
 
 def test_write(run, tmp_path):
-    run.write(tmp_path, "seed: 0\n", report.environment("cpu", seconds=1.0))
+    run.write(tmp_path, "seed: 0\n", files.environment("cpu", seconds=1.0))
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
     assert found == {
         "README.md", "config.yaml", "env.json", "grid.png", "images", "lineage.png",
@@ -189,7 +79,7 @@ def test_write(run, tmp_path):
 def test_write_without_comparison_or_selection(tmp_path):
     result = steer(Painter(1), "colorfulness", ["x"] * 10, num_particles=1, schedule=[])
     found = report.SteeringReport(["x"] * 10, result, "colorfulness", {}, 1)
-    found.write(tmp_path, "", report.environment("cpu"))
+    found.write(tmp_path, "", files.environment("cpu"))
     assert found.columns == ["steered"]
     assert (tmp_path / "lineage.png").stat().st_size > 0
 
@@ -206,3 +96,8 @@ def test_judging_is_in_batches_and_needs_no_gradient():
     judges = {"mean": (make_reward(judge), [True] * 50)}
     report.SteeringReport(["x"] * 50, result, "colorfulness", judges, 1)
     assert seen == [64, 36]
+
+
+def test_slug():
+    assert report.slug("A red Heart, above/below ../x") == "a-red-heart-above-below-x"
+    assert report.slug("☕") == "no-prompt"

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffreward.files import write_atomic
 from diffreward.scoring.planner import Row
 from diffreward.scoring.readers import Item, clean
 
@@ -183,7 +184,7 @@ class Parts:
             os.close(self._lock)
 
     def _shards(self) -> list[Path]:
-        return sorted(self.folder.glob("*.parquet"))
+        return sorted(self.folder.glob("[0-9a-f]*.parquet"))  # not the hidden, unfinished ones
 
     def _tables(self, columns: Sequence[str] | None = None) -> list[pa.Table]:
         if self.folder is None:
@@ -220,24 +221,6 @@ def check_output(out: Path) -> None:
             f"{out} exists, and results are never overwritten: choose another output, or move it "
             "away"
         )
-
-
-def write_atomic(path: Path, write: Callable[[Path], Any], beside: Path | None = None) -> None:
-    """Write a file, whole or not at all, even if the power fails.
-
-    Args:
-        path: its name.
-        write: writes to the path it is given.
-        beside: folder for the unfinished file, on the same disk; None: that of ``path``.
-    """
-    unfinished = (beside or path.parent) / f".{path.name}.{os.getpid()}"
-    try:
-        write(unfinished)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _lock(descriptor: int) -> bool:

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from pictures import BROKEN, picture, pixels
+from picture_files import BROKEN, picture, pixels
 from PIL import Image, ImageCms
 
 from diffreward.rewards.towers import Preprocess

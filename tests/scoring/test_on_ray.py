@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pictures import folder_of
+from picture_files import folder_of
 
 from diffreward.rewards import RewardInfo
 from diffreward.rewards.towers import Preprocess

@@ -10,7 +10,7 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pictures import picture
+from picture_files import picture
 
 from diffreward.scoring.readers import Inputs
 
