@@ -1,4 +1,4 @@
-"""The command line: ``diffreward steer | score | serve | rewards | doctor``.
+"""The command line: ``diffreward steer | finetune | score | serve | rewards | doctor``.
 
 A verb is a function from its arguments to the exit code; `VERBS` lists them. It reads its
 configuration (:mod:`diffreward.config`), calls the library, and reports
@@ -20,12 +20,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 
 from diffreward import __version__
 from diffreward.config import (
     SAMPLES,
+    FinetuneConfig,
     ScoreConfig,
     ServeConfig,
     SteerConfig,
@@ -108,6 +109,61 @@ def _judges(config: SteerConfig, guide, prompts: list[str]) -> dict:
         else:
             say(f"{label} cannot judge these prompts and is left out: {problem}")
     return judges
+
+
+# --------------------------------------------------------------------------------------------
+# diffreward finetune
+# --------------------------------------------------------------------------------------------
+
+FINETUNE_EXAMPLES = """\
+examples:
+  diffreward finetune
+  diffreward finetune --algorithm ddpo --reward aesthetic --training.iterations 50
+  diffreward finetune --algorithm '{name: prdp, preset: paper_small}' --prompts prompts.txt
+  diffreward finetune --config config.yaml --output runs/mine --resume latest
+  accelerate launch -m diffreward finetune --config config.yaml --output runs/mine
+"""
+
+
+def finetune(argv: Sequence[str]) -> int:
+    """Finetune a model towards a reward; show held-out rewards and pictures before and after."""
+    config = parse(FinetuneConfig, argv, "diffreward finetune", FINETUNE_EXAMPLES)
+    prompts = read_prompts(config.prompts)
+    eval_prompts = None if config.eval_prompts is None else read_prompts(config.eval_prompts)
+    if config.resume is not None and config.output is None:
+        raise UsageError("--resume needs --output, the folder of the run to go on with")
+
+    from accelerate import PartialState
+
+    from diffreward import finetuning
+    from diffreward.algorithms import make_algorithm
+    from diffreward.files import run_folder
+    from diffreward.policies import load_policy
+    from diffreward.rewards import make_reward
+
+    processes = PartialState(cpu=str(config.model.device).startswith("cpu"))
+    if processes.num_processes > 1 and config.output is None:
+        raise UsageError("several processes share a run: say where with --output")
+    new = config.resume is None and processes.is_main_process
+    with run_folder(config.output, "finetune") if new else nullcontext(config.output) as folder:
+        with refusals():  # whatever can be refused is refused before the model is loaded
+            algorithm, reward = make_algorithm(config.algorithm), make_reward(config.reward)
+            algorithm.check(reward)
+            judges = [make_reward(spec) for spec in config.judges if spec != config.reward]
+            say(f"loading {config.model.spec}")
+            policy = load_policy(**vars(config.model))
+        result = finetuning.finetune(
+            policy, reward, algorithm, prompts, judges=judges, eval_prompts=eval_prompts,
+            training=config.training, output=folder, resume=config.resume,
+            config=asdict(replace(config, prompts=prompts, output=None, resume=None)),
+            push_to_hub=config.push_to_hub,
+        )  # fmt: skip
+    if not processes.is_main_process:
+        return 0
+    print(result.summary())
+    if result.stopped == "signal":
+        say(f"stopped by a signal; go on with --output {folder} --resume latest")
+    return 0
 
 
 # --------------------------------------------------------------------------------------------
@@ -290,6 +346,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "steer": steer,
+    "finetune": finetune,
     "score": score,
     "serve": serve,
     "rewards": rewards,
@@ -388,5 +445,8 @@ def _one_paragraph(err: BaseException) -> str:
     if isinstance(err, KeyError | AttributeError | AssertionError):  # a defect: name it as such
         text = f"{type(err).__name__}: {text} (--debug shows where)"
     if "out of memory" in text.lower():
-        text += " Lower --steer.max_batch or --steer.decode_batch, or use half precision."
+        text += (
+            " Lower --steer.max_batch (of finetune: --training.max_batch) or the decode_batch "
+            "beside it, or use half precision."
+        )
     return text

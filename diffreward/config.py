@@ -21,6 +21,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
 from diffreward._assets import asset_path
+from diffreward.finetuning.options import Training
 
 
 class UsageError(ValueError):
@@ -60,6 +61,7 @@ class ModelConfig:
         width: of the pictures, in pixels; null: the model's own.
         dtype: of the networks; null: bfloat16 on CUDA, else float32.
         device: cpu, cuda, cuda:1, mps, ...; null: CUDA if there is one.
+        lora: folder or hub id of a LoRA for it, such as the final/ of a finetuning run.
     """
 
     spec: str = "embedded:emoji"
@@ -73,6 +75,7 @@ class ModelConfig:
     width: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = None
+    lora: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,46 @@ class SteerConfig:
     steer: SteeringConfig = field(default_factory=SteeringConfig)
     seed: int = 0
     output: str | None = None
+
+
+# --------------------------------------------------------------------------------------------
+# diffreward finetune
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Finetune a model towards a reward
+
+    Args:
+        model: the model.
+        reward: what is learnt: a name from `diffreward rewards`, or {name: ..., option: ...}.
+        algorithm: prdp, ddpo, grpo, dpok, reinforce, refl, draft, alignprop or raft; or
+            {name: ..., preset: ..., option: ...}.
+        prompts: a prompt, a list of them, or a file: .txt with one per line, .jsonl with a
+            "prompt" per line; "embedded:prompts/scenes.jsonl" is one of the package's own.
+        judges: held-out rewards, which only report.
+        eval_prompts: as prompts, for evaluations; null: the first of prompts.
+        training: the options of training.
+        output: folder for the results, which must not exist; null: a new one under runs/.
+        resume: latest, or a checkpoint's number or path: go on with the run in output.
+        push_to_hub: repository (owner/name) that gets the trained weights and their card.
+    """
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(num_steps=10))
+    reward: str | dict[str, Any] = "clip_score"
+    algorithm: str | dict[str, Any] = "prdp"
+    prompts: str | list[str] = field(default_factory=lambda: list(PROMPTS))
+    judges: list[str | dict[str, Any]] = field(
+        default_factory=lambda: ["clip_judge", "shapes_checker"]
+    )
+    eval_prompts: str | list[str] | None = None
+    training: Training = field(
+        default_factory=lambda: Training(iterations=20, prompts_per_update=6, evaluate_every=10)
+    )
+    output: str | None = None
+    resume: str | int | None = None
+    push_to_hub: str | None = None
 
 
 # --------------------------------------------------------------------------------------------

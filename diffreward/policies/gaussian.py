@@ -169,6 +169,11 @@ class VPKernel:
         x0, eps = to_x0_eps(self.prediction, x, output, ab.sqrt(), (1 - ab).sqrt())
         return (x0 if self.clip is None else x0.clamp(-self.clip, self.clip)), eps, (1 - ab).sqrt()
 
+    def level(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, s) of x[i] = a x0 + s eps, to broadcast against ``x``."""
+        ab = expand(self.alpha_bar[i], x)
+        return ab.sqrt(), (1 - ab).sqrt()
+
     def noised(self, x0: Tensor, u: Float[Tensor, " b"], eps: Tensor):
         """(x_t, t, target) of the training loss at uniform times u in [0, 1)."""
         t = (u * len(self.alphas_cumprod)).long()
@@ -253,6 +258,11 @@ class FlowKernel:
         s, s_next = expand(self.sigmas[i], x), expand(self.sigmas[i + 1], x)
         x0, _ = to_x0_eps(self.prediction, x, output, 1 - s, s)
         return x0, s / ((1 - s) ** 2 + s**2).sqrt(), s, s_next
+
+    def level(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, s) of x[i] = a x0 + s eps, to broadcast against ``x``."""
+        s = expand(self.sigmas[i], x)
+        return 1 - s, s
 
     def noised(self, x0: Tensor, u: Float[Tensor, " b"], eps: Tensor):
         """(x_t, t, target) of the training loss at uniform sigma = u."""
@@ -346,9 +356,18 @@ class GaussianPolicy:
         shape = (len(condition), *self.latent_shape(condition))
         return randn(shape, generator, device=self.device)
 
+    def noise_to(self, x0: Tensor, i: int, generator: Generators = None) -> Tensor:
+        """Draw x[i] from q(x[i] | x0): a clean sample noised to the level at which step i starts.
+
+        Raises:
+            ValueError: the chain has no step i.
+        """
+        self._check_step(i)
+        a, s = self.kernel.level(i, x0)
+        return a * x0 + s * randn(x0.shape, generator, dtype=x0.dtype, device=x0.device)
+
     def step_law(self, x: Tensor, i: int, condition: Condition) -> GaussianLaw:
-        if not 0 <= i < self.num_steps:
-            raise ValueError(f"step {i} came, but the chain has steps 0..{self.num_steps - 1}")
+        self._check_step(i)
         t = self.kernel.timesteps[i].to(self.device).expand(len(x))
         return self.kernel.law(i, x, self._predict(x, t, condition))
 
@@ -377,6 +396,10 @@ class GaussianPolicy:
         else:
             ref.denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
         return ref
+
+    def _check_step(self, i: int) -> None:
+        if not 0 <= i < self.num_steps:
+            raise ValueError(f"step {i} came, but the chain has steps 0..{self.num_steps - 1}")
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with _without_adapters(self.denoiser) if self._adapters_off else nullcontext():

@@ -57,6 +57,7 @@ def load_policy(
     width: int | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    lora: str | os.PathLike | None = None,
 ) -> PipelinePolicy:
     """A policy from a diffusers pipeline.
 
@@ -77,6 +78,7 @@ def load_policy(
         dtype: of the networks; None: as they are in a pipeline object, else float32, or bfloat16
             on CUDA. Latents are float32 in any case.
         device: None: where a pipeline object is, else CUDA if there is one.
+        lora: folder or hub id of a LoRA in diffusers' layout, which is merged into the weights.
 
     Raises:
         FileNotFoundError: no such folder; a hub id that is neither cached nor reachable.
@@ -104,6 +106,8 @@ def load_policy(
         )
     if spec is pipe and (dtype is not None or device is not None):
         pipe.to(**{k: v for k, v in {"dtype": dtype, "device": device}.items() if v is not None})
+    if lora is not None:
+        _merge_lora(pipe, os.fspath(lora))
     if guidance_scale is None:
         embedded = EMBEDDED.get(str(spec).removeprefix("embedded:"), {})
         parameters = inspect.signature(type(pipe).__call__).parameters
@@ -126,14 +130,7 @@ def _load(spec: str | os.PathLike, dtype, device):
             )
         folder = str(asset_path(name))
     else:
-        folder = spec
-        is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec) is not None
-        if not Path(spec).expanduser().exists() and not is_id:
-            raise FileNotFoundError(
-                f"the model folder {spec!r} does not exist (and it is not a hub id, which reads "
-                "owner/name)"
-            )
-        folder = str(Path(spec).expanduser()) if Path(spec).expanduser().exists() else spec
+        folder = _folder_or_id(spec, "model")
         if Path(folder).exists() and not (Path(folder) / "model_index.json").is_file():
             raise FileNotFoundError(
                 f"{spec!r} holds no diffusers pipeline: there is no model_index.json in it"
@@ -160,6 +157,25 @@ def _load(spec: str | os.PathLike, dtype, device):
     return pipe.to(device)
 
 
+def _folder_or_id(spec: str, what: str) -> str:
+    if Path(spec).expanduser().exists():
+        return str(Path(spec).expanduser())
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec) is None:
+        raise FileNotFoundError(
+            f"the {what} folder {spec!r} does not exist (and it is not a hub id, which reads "
+            "owner/name)"
+        )
+    return spec
+
+
+def _merge_lora(pipe, lora: str) -> None:
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"{type(pipe).__name__} takes no LoRA, but {lora!r} came")
+    pipe.load_lora_weights(_folder_or_id(lora, "LoRA"))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+
+
 class PipelinePolicy(GaussianPolicy):
     """A `GaussianPolicy` over a diffusers pipeline; subclasses are the families.
 
@@ -171,6 +187,7 @@ class PipelinePolicy(GaussianPolicy):
 
     network = "unet"
     kernels = VP_KERNELS
+    _parked = False
 
     def __init__(
         self, pipe, sampling: Sampling, guidance_scale=1.0, negative_prompt="", height=None,
@@ -222,8 +239,22 @@ class PipelinePolicy(GaussianPolicy):
         if isinstance(prompts, str) or len(prompts) == 0:
             raise ValueError(f"encode takes a list of prompts, at least one, but {prompts!r} came")
         prompts = list(prompts)
+        if self._parked:
+            self._move_encoders(self.device)
         tensors = {k: v for k, v in self._embed(prompts).items() if v is not None}
+        if self._parked:
+            self._move_encoders("cpu")
         return Condition(prompts, {k: v.detach().to(self.dtype) for k, v in tensors.items()})
+
+    def park_encoders(self) -> None:
+        """Keep the text encoders in main memory except while they encode."""
+        self._parked = True
+        self._move_encoders("cpu")
+
+    def _move_encoders(self, device: torch.device | str) -> None:
+        for name, module in self.pipe.components.items():
+            if name.startswith("text_encoder") and module is not None:
+                module.to(device)
 
     def _embed(self, prompts: list[str]) -> dict[str, Tensor | None]:
         raise NotImplementedError

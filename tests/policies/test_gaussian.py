@@ -354,6 +354,47 @@ def test_steps_outside_the_chain_are_refused():
             policy.step_law(torch.zeros(1, 3, 4), i, Condition([""]))
 
 
+NOISED = [
+    (DDIMScheduler(clip_sample=False, steps_offset=1), "ddim"),
+    (DDPMScheduler(clip_sample=False, timestep_spacing="trailing"), "ddpm"),
+    (FlowMatchEulerDiscreteScheduler(shift=3.0), "flow_renoise"),
+    (FlowMatchEulerDiscreteScheduler(shift=3.0), "flow_sde"),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "name"), NOISED, ids=[name for _, name in NOISED])
+def test_noise_to_is_diffusers_noising(scheduler, name):
+    policy = Zero(kernel_of(scheduler, name, 6))
+    scheduler.set_timesteps(6)
+    add_noise = (
+        (lambda x, eps, t: scheduler.scale_noise(x, t, eps))
+        if name.startswith("flow")
+        else scheduler.add_noise
+    )
+    x0 = torch.randn(2, 3, 4)
+    eps = randn((2, 3, 4), sample_generators(0, 2, 1))
+    for i, t in enumerate(scheduler.timesteps):
+        ours = policy.noise_to(x0, i, sample_generators(0, 2, 1))
+        torch.testing.assert_close(ours, add_noise(x0, eps, t[None].expand(2)), **CLOSE)
+        alone = policy.noise_to(x0[1:], i, sample_generators(0, 2, 1)[1:])
+        torch.testing.assert_close(ours[1:], alone)
+
+
+@pytest.mark.parametrize(("scheduler", "name"), NOISED, ids=[name for _, name in NOISED])
+def test_noise_to_is_the_level_the_step_starts_from(scheduler, name):
+    """The network that knows the noise finds the clean sample again, whatever the step."""
+    kernel = kernel_of(scheduler, name, 6)
+    policy, x0 = Zero(kernel), torch.randn(2, 3, 4)
+    eps = randn((2, 3, 4), sample_generators(0, 2, 1))
+    output = eps - x0 if kernel.prediction == "flow" else eps
+    for i in range(6):
+        x = policy.noise_to(x0, i, sample_generators(0, 2, 1))
+        torch.testing.assert_close(kernel.law(i, x, output).x0, x0, rtol=1e-3, atol=1e-4)
+    for i in (-1, 6):
+        with pytest.raises(ValueError, match="steps 0..5"):
+            policy.noise_to(x0, i)
+
+
 def test_kernels_are_the_classes_they_say():
     assert isinstance(kernel_of(DDIMScheduler(), "ddim", 4), DDIM)
     assert isinstance(kernel_of(DDIMScheduler(), "ddpm", 4), DDPM)

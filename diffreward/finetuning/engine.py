@@ -1,0 +1,947 @@
+"""The one training engine: collect samples, ask the algorithm for a loss, step.
+
+A loss on whole trajectories would need the activations of all T steps at once. It is a function of
+the ``(b, T)`` log-probabilities alone, though, so its exact gradient comes in two passes:
+
+1. without gradients, the matrix log p[b, t]; the loss on it; its gradient c[b, t] by autograd;
+2. step by step, the backward pass of sum_b c[b, t] log p[b, t], with the activations of one step.
+
+The matrices are small, so every process sees those of all (`Team`): groups of one prompt meet
+whatever the number of processes, and memory decides about pieces (``max_batch``), not the result.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffreward.algorithms import Algorithm, History, make_algorithm
+from diffreward.files import environment, plain
+from diffreward.finetuning.checkpoint import (
+    MAY_DIFFER,
+    check_same,
+    find_checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from diffreward.finetuning.monitor import Evaluation, Evaluator, Watch, group_statistics
+from diffreward.finetuning.options import Training
+from diffreward.finetuning.record import (
+    Card,
+    Record,
+    check_hub,
+    check_loggers,
+    comparison,
+    push_to_hub,
+    read_metrics,
+)
+from diffreward.finetuning.team import Team
+from diffreward.finetuning.trainable import Trainable
+from diffreward.policy import Condition, Policy, path_log_prob, rollout, sample_generators
+from diffreward.rewards import Reward, Scores, evaluate, make_reward
+from diffreward.rewards.combine import distinct
+
+# streams of `sample_generators`: one per iteration for rollouts, and for other uses beside it
+_STREAMS = 1024
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How samples are divided: over updates, processes and network calls.
+
+    Attributes:
+        prompts: in one update.
+        samples: of each prompt.
+        updates: of one pass through a rollout.
+        processes: that share the work.
+        max_batch: most samples in one network call; None: all of a process at once.
+        num_prompts: there are to choose from.
+
+    Raises:
+        ValueError: numbers that do not fit, with the nearest that do.
+    """
+
+    prompts: int
+    samples: int
+    updates: int
+    processes: int
+    max_batch: int | None
+    num_prompts: int
+
+    def __post_init__(self) -> None:
+        numbers = {
+            "prompts_per_update": self.prompts,
+            "samples_per_prompt": self.samples,
+            "minibatches": self.updates,
+            "max_batch": self.max_batch,
+        }
+        for name, number in numbers.items():
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, but {number} came")
+        if self.prompts * self.updates > self.num_prompts:
+            most = self.num_prompts // self.updates
+            raise ValueError(
+                f"a rollout takes {self.updates} x {self.prompts} different prompts, but there are "
+                f"{self.num_prompts}; "
+                + (
+                    f"set prompts_per_update to at most {most}"
+                    if most
+                    else f"give at least {self.updates} prompts, or take fewer minibatches"
+                )
+            )
+        if self.per_update % self.processes:
+            fit = [n for n in range(1, 4096) if n * self.samples % self.processes == 0]
+            near = sorted(sorted(fit, key=lambda n: abs(n - self.prompts))[:2])
+            raise ValueError(
+                f"{self.prompts} prompts x {self.samples} samples = {self.per_update} samples per "
+                f"update cannot be shared equally by {self.processes} processes; set "
+                f"prompts_per_update to {' or '.join(map(str, near))}, or samples_per_prompt to a "
+                f"multiple of {self.processes}"
+            )
+
+    @property
+    def per_update(self) -> int:
+        return self.prompts * self.samples
+
+    @property
+    def total(self) -> int:
+        """Samples of a rollout, of all processes."""
+        return self.per_update * self.updates
+
+    def __str__(self) -> str:
+        share = self.per_update // self.processes
+        calls = -(-share // (self.max_batch or share))
+        text = f"{self.prompts} prompts x {self.samples} samples = {self.per_update} per update"
+        if self.updates > 1:
+            text += f", {self.updates} updates per pass through a rollout of {self.total}"
+        if self.processes > 1:
+            text += f", {share} on each of {self.processes} processes"
+        if calls > 1:
+            text += f", in {calls} network calls of at most {self.max_batch}"
+        return text
+
+
+@dataclass
+class Rollout:
+    """The samples of one iteration. Matrices have the rows of all processes; the rest, one's own.
+
+    Attributes:
+        prompts: b prompts.
+        groups: ``(b,)``; one number per prompt.
+        rows: ``(n,)`` which rows are this process's, ascending.
+        condition: n conditions.
+        latents: x[0], ..., x[T], or x[T] alone, of n samples.
+        scores: what the reward gave, ``(b,)`` float64.
+        credit: what the algorithm makes of it.
+        log_prob: ``(b, T)`` float64, of the policy that drew the samples; None if not needed.
+        log_prob_ref: the same of the pretrained policy.
+    """
+
+    prompts: list[str]
+    groups: Int[Tensor, " b"]
+    rows: Int[Tensor, " n"]
+    condition: Condition
+    latents: list[Tensor]
+    scores: Scores
+    credit: Scores | None = None
+    log_prob: Float[Tensor, "b T"] | None = None
+    log_prob_ref: Float[Tensor, "b T"] | None = None
+
+
+@dataclass
+class FinetuneResult:
+    """What a run gives back.
+
+    Attributes:
+        policy: the one that came, trained; with averaged weights if there is an EMA.
+        before, after: evaluations on the same prompts and noise.
+        metrics: a row per iteration.
+        warnings: of the guard, with the iteration.
+        iterations: done.
+        stopped: None, "signal" or "guard".
+        folder: of the run's files.
+    """
+
+    policy: Policy
+    before: Evaluation
+    after: Evaluation
+    metrics: list[dict[str, Any]]
+    warnings: list[tuple[int, str]]
+    iterations: int
+    stopped: str | None = None
+    folder: Path | None = None
+
+    def summary(self) -> str:
+        """Before and after, as a table."""
+        return comparison(self.before, self.after)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop."""
+
+
+def finetune(
+    policy: Policy,
+    reward: Reward | Callable | str | Mapping,
+    algorithm: str | Mapping | Algorithm = "prdp",
+    prompts: Sequence[str] = ("",),
+    *,
+    judges: Sequence[Any] = (),
+    eval_prompts: Sequence[str] | None = None,
+    training: Training | None = None,
+    output: str | Path | None = None,
+    resume: str | Path | int | None = None,
+    config: Mapping[str, Any] | None = None,
+    push_to_hub: str | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> FinetuneResult:
+    """Finetune a policy towards a reward.
+
+    Args:
+        policy: a `Policy` with the network to train as ``policy.denoiser``.
+        reward: what `make_reward` takes.
+        algorithm: what `make_algorithm` takes.
+        prompts: to train on; empty strings for an unconditional model.
+        judges: held-out rewards, which only report.
+        eval_prompts: to evaluate on; None: the first ``prompts_per_update`` of ``prompts``.
+        training: the options; None: their defaults.
+        output: folder for checkpoints, logs and results; None: nothing is written.
+        resume: "latest", or a checkpoint of ``output``, by number or path: go on from there.
+        config: how policy, reward and prompts were made, for ``config.yaml``; its entries "model",
+            "reward" and "judges" are compared when a run is resumed.
+        push_to_hub: repository (owner/name) that gets the results.
+        progress: show a progress bar.
+        **options: single options of `Training`.
+
+    Raises:
+        ValueError: bad options, before anything is computed; a reward that is not finite; a
+            checkpoint of another run.
+        RuntimeError: a self-check of the first update failed.
+    """
+    training = _training(training or Training(), options)
+    algorithm = make_algorithm(algorithm)
+    reward = make_reward(reward)
+    engine = Engine(
+        policy, reward, algorithm, list(prompts), training,
+        judges=[make_reward(judge) for judge in judges],
+        eval_prompts=eval_prompts, output=output, resume=resume, config=config, hub=push_to_hub,
+        progress=progress,
+    )  # fmt: skip
+    return engine.run()
+
+
+def _training(training: Training, options: Mapping[str, Any]) -> Training:
+    known = [option.name for option in fields(Training)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
+            raise ValueError(f"there is no option {name!r} of finetune; {hint}")
+    training = replace(training, **options)
+    for name in ("iterations", "samples_per_prompt", "eval_samples", "keep_checkpoints"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"{name} must be at least 1, but {getattr(training, name)} came")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not getattr(training, name) > 0:
+            raise ValueError(f"{name} must be positive, but {getattr(training, name)} came")
+    return training
+
+
+class Engine:
+    """The state of a run, and its loop; `finetune` says what the arguments are."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        algorithm: Algorithm,
+        prompts: list[str],
+        training: Training,
+        *,
+        judges: Sequence[Reward] = (),
+        eval_prompts: Sequence[str] | None = None,
+        output: str | Path | None = None,
+        resume: str | Path | int | None = None,
+        config: Mapping[str, Any] | None = None,
+        hub: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.policy, self.reward, self.algorithm = policy, reward, algorithm
+        self.training, self.prompts = training, prompts
+        algorithm.check(reward)
+        if algorithm.family == "trajectory" and not getattr(policy, "stochastic", True):
+            raise ValueError(
+                f"{type(algorithm).__name__} needs the log-probabilities of random steps, and this "
+                "policy is deterministic; load it with eta > 0 (ddim), or a stochastic kernel "
+                "(ddpm, flow_sde, flow_renoise)"
+            )
+        precision = training.mixed_precision
+        self.team = Team(Accelerator(cpu=policy.device.type == "cpu", mixed_precision=precision))
+        self.batches = Batches(
+            training.prompts_per_update, training.samples_per_prompt, algorithm.minibatches,
+            self.team.size, training.max_batch, len(prompts),
+        )  # fmt: skip
+        if resume is not None and output is None:
+            raise ValueError("resume needs output, the folder of the run to go on with")
+        start = None if resume is None else find_checkpoint(output, resume)
+        check_loggers(training.loggers)
+        if hub is not None:
+            check_hub(hub)
+        self.start, self.hub = start, hub
+
+        self.trainable = Trainable(policy, training)
+        self.parameters = list(self.trainable.parameters.values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=training.learning_rate, betas=tuple(training.betas),
+            weight_decay=training.weight_decay,
+        )  # fmt: skip
+        self.compute = Compute(policy.denoiser, self.trainable.reference.denoiser)
+        self.history = History()
+        self.iteration, self.updates = 0, 0
+        self.metrics: list[dict[str, Any]] = []
+
+        if eval_prompts is None:
+            eval_prompts = prompts[: training.prompts_per_update]
+        rewards: dict[str, Reward] = {}
+        for found in (reward, *judges):
+            rewards[distinct(found.info.name, rewards)] = found
+        self.evaluator = Evaluator(
+            policy, self.trainable.reference, rewards, eval_prompts, training.eval_samples,
+            training.seed, max_batch=training.max_batch, decode_batch=training.decode_batch,
+            team=self.team,
+        )  # fmt: skip
+        self.conditions = Conditions(policy, prompts, training.max_batch or self.batches.per_update)
+        config = dict(config or {})
+        self.settings = plain(
+            {name: config[name] for name in ("model", "reward", "judges") if name in config}
+            | _describe(policy, reward, algorithm, training, prompts, eval_prompts)
+        )
+        self.folder = None if output is None else Path(output)
+        self.record = Record(
+            self.folder, yaml.safe_dump(plain(config or self.settings), sort_keys=False),
+            environment(policy.device, seed=training.seed, processes=self.team.size),
+            training.loggers, team=self.team, iterations=training.iterations, progress=progress,
+        )  # fmt: skip
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def run(self) -> FinetuneResult:
+        """Train until the iterations are done, the guard stops, or a signal comes."""
+        with _signals() as asked, closing(self.record):
+            self.record.say(str(self.batches))
+            if self.start is None:
+                before = self.evaluator(0)
+                self.watch = Watch(self.training.guard, before)
+                self.record.evaluation(before)
+            else:
+                before = self._resume(self.start)
+            first, after, stopped = self.iteration, before, None
+            while self.iteration < self.training.iterations and stopped is None:
+                try:
+                    row = self._iterate(asked)
+                except Interrupted:  # nothing has changed since the last iteration
+                    stopped = "signal"
+                    break
+                self.iteration += 1
+                self.metrics.append(row)
+                self.record.iteration(self.iteration, row)
+                if self._due(self.training.evaluate_every):
+                    after = self._evaluate()
+                if self._due(self.training.checkpoint_every):
+                    self._save()
+                if self.watch.stop:
+                    stopped = "guard"
+                if self.team.any(asked()):
+                    stopped = "signal"
+            done = self.iteration > first or stopped == "signal"
+            if done and not (self.iteration and self._due(self.training.checkpoint_every)):
+                self._save()
+            if stopped != "signal":
+                if after.iteration < self.iteration:
+                    after = self._evaluate()
+                self._finish(stopped)
+        return FinetuneResult(
+            self.policy, before, after, self.metrics, self.watch.state.warnings, self.iteration,
+            stopped, self.folder,
+        )  # fmt: skip
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.iteration % every == 0
+
+    def _finish(self, stopped: str | None) -> None:
+        """The results, the numbers first."""
+        if self.folder is None or not self.team.is_main:
+            return
+        model = self.settings.get("model", {}).get("spec") or self.settings["policy"]["type"]
+        self.trainable.save(self.folder / "final")
+        self.record.finish(
+            Card(
+                model=model,
+                algorithm=type(self.algorithm).__name__,
+                reward=self.reward.info.name,
+                iterations=self.iteration,
+                method=self.training.method,
+                prompts=f"{len(self.prompts)} prompts",
+                options=asdict(self.algorithm) | _training_options(self.training),
+                note="The guard stopped the run." if stopped else "",
+            )
+        )
+        if self.hub is not None:
+            self.record.say(f"pushed to {push_to_hub(self.folder, self.hub)}")
+
+    def _iterate(self, asked: Callable[[], bool]) -> dict[str, Any]:
+        """One rollout and its updates."""
+        started, cost = time.monotonic(), self.compute.counts()
+        found: list[dict[str, float]] = []
+        if self.algorithm.family == "pathwise":
+            scores, groups = self._pathwise(found)
+        else:
+            ro = self._rollout(asked)
+            scores, groups = ro.scores, ro.groups
+            for pass_ in range(self.algorithm.passes):
+                for m in range(self.algorithm.minibatches):
+                    if self.algorithm.family == "trajectory":
+                        found.append(self._trajectory(ro, m, fresh=not found))
+                    else:
+                        found.append(self._denoising(ro, m, pass_))
+        row = {
+            "updates": self.updates,
+            "reward": scores.value.mean().item(),
+            "reward_std": scores.value.std(correction=0).item(),
+            "flat_groups": group_statistics(scores.value, groups).flat,
+        }
+        for name in found[0]:
+            values = [numbers[name] for numbers in found]
+            row[name] = max(values) if name.startswith("max_") else sum(values) / len(values)
+        forward, backward = (b - a for a, b in zip(cost, self.compute.counts(), strict=True))
+        seconds = time.monotonic() - started
+        row |= {"learning_rate": self._rate(self.updates - 1), "forward_rows": forward}
+        row |= {"backward_rows": backward, "seconds": seconds}
+        row["samples_per_second"] = len(scores) / seconds
+        return row
+
+    def _evaluate(self) -> Evaluation:
+        with self.trainable.averaged():
+            found = self.evaluator(self.iteration)
+        flat = self.metrics[-1]["flat_groups"] if self.metrics else 0.0
+        self.record.evaluation(found, self.watch.check(found, flat))
+        return found
+
+    # -- collect ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _rollout(self, asked: Callable[[], bool]) -> Rollout:
+        algorithm, b = self.algorithm, self.training.samples_per_prompt
+        chosen = self._choose()
+        update = torch.arange(self.batches.total).split(self.batches.per_update)
+        own = self.team.rows(self.batches.per_update)
+        rows = torch.cat([u[own.start : own.stop] for u in update])
+        trajectory = algorithm.family == "trajectory"
+
+        def interrupt(steps):
+            for i in steps:
+                if asked():
+                    raise Interrupted
+                yield i
+
+        parts, scores = [], []
+        for some in rows.split(self.training.max_batch or len(rows)):
+            which = [chosen[r // b] for r in some.tolist()]
+            condition = self.conditions.take(which)
+            generators = self._generators(some, chosen)
+            x = None
+            if algorithm.shared_noise:  # the noise of the group's first sample
+                first = self._generators(some - some % b, chosen)
+                x = self.policy.initial(condition, first)
+                self.policy.initial(condition, generators)  # their own is drawn and not used
+            with self.team.accelerator.autocast():
+                part = rollout(
+                    self.policy, condition, generators, x=x, keep_path=trajectory,
+                    log_prob=trajectory, progress=interrupt,
+                )  # fmt: skip
+                scores.append(self._score(part.final, condition))
+                reference = None
+                if trajectory and algorithm.needs_reference:
+                    reference = path_log_prob(self.trainable.reference, part)
+            parts.append((part, reference))
+        paths = [part.latents for part, _ in parts]
+        ro = Rollout(
+            prompts=[self.prompts[chosen[r // b]] for r in range(self.batches.total)],
+            groups=torch.arange(self.batches.total) // b,
+            rows=rows,
+            condition=_join([part.condition for part, _ in parts]),
+            latents=[torch.cat(x) for x in zip(*paths, strict=True)],
+            scores=self._whole(rows, Scores.cat(scores)),
+        )
+        if trajectory:
+            ro.log_prob = self._all(rows, torch.cat([part.log_probs for part, _ in parts]))
+            if algorithm.needs_reference:
+                ro.log_prob_ref = self._all(rows, torch.cat([ref for _, ref in parts]))
+        self._check_rewards(ro.scores)
+        ro.credit = algorithm.credit(ro.scores, ro.groups, ro.prompts, self.history)
+        self.history.add(ro.prompts, ro.scores.value)
+        return ro
+
+    def _choose(self) -> list[int]:
+        """Prompts of this iteration: the list is shuffled anew each time it has been gone through.
+
+        What is left of it when it no longer fills a rollout is left out until then, so that no
+        prompt comes twice in a rollout.
+        """
+        n = self.batches.prompts * self.batches.updates
+        whole = len(self.prompts) // n
+        epoch, at = divmod(self.iteration, whole)
+        order = np.random.default_rng([self.training.seed, epoch]).permutation(len(self.prompts))
+        return order[at * n : (at + 1) * n].tolist()
+
+    def _generators(self, rows: Tensor, chosen: list[int], use: int = 0) -> list[torch.Generator]:
+        """One per row, for one of `_STREAMS` uses in this iteration."""
+        b = self.training.samples_per_prompt
+        stream = self.iteration * _STREAMS + use
+        made = {
+            p: sample_generators(self.training.seed, 1, b, first_prompt=p, stream=stream)
+            for p in {chosen[r // b] for r in rows.tolist()}
+        }
+        found = [made[chosen[r // b]][r % b] for r in rows.tolist()]
+        if len({id(g) for g in found}) < len(found):  # rows that share one need copies
+            found = [_copy(g) for g in found]
+        return found
+
+    def _score(self, x0: Tensor, condition: Condition) -> Scores:
+        size = self.training.decode_batch or len(x0)
+        found = []
+        for some in torch.arange(len(x0)).split(size):
+            samples = self.policy.decode(x0[some.to(x0.device)], condition.take(some))
+            found.append(evaluate(self.reward, samples))
+        return Scores.cat(found)
+
+    def _all(self, rows: Tensor, values: Tensor) -> Tensor:
+        """The rows of all processes, in order, float64 on the CPU."""
+        order = torch.cat(self.team.gather(rows)).argsort()
+        return torch.cat(self.team.gather(values.double()))[order]
+
+    def _whole(self, rows: Tensor, scores: Scores) -> Scores:
+        return Scores(
+            self._all(rows, scores.value),
+            None if scores.std is None else self._all(rows, scores.std),
+            {name: self._all(rows, part) for name, part in scores.parts.items()},
+        )
+
+    # -- update -------------------------------------------------------------------------------
+
+    def _trajectory(self, ro: Rollout, m: int, fresh: bool) -> dict[str, float]:
+        """One update; ``fresh``: the first since the rollout, of which all is known."""
+        algorithm = self.algorithm
+        update, at = self._minibatch(ro, m)
+        groups, credit = ro.groups[update], ro.credit.take(update)
+        old = ro.log_prob[update]
+        ref = None if ro.log_prob_ref is None else ro.log_prob_ref[update]
+        with torch.no_grad():
+            if fresh and not algorithm.needs_kl:
+                log_prob, kl = old.clone(), None
+            else:
+                log_prob, kl = self._matrices(ro, at)
+        log_prob.requires_grad_()
+        if kl is not None:
+            kl.requires_grad_()
+        loss = algorithm.loss(log_prob, old, ref, credit, groups, kl)
+        loss.backward()
+        empty = torch.zeros_like(log_prob)
+        own = torch.isin(update, ro.rows[at])
+        weights = [empty if v is None or v.grad is None else v.grad for v in (log_prob, kl)]
+        checking = self.updates == 0 and bool(weights[0].any())
+        recomputed = self._backward(ro, at, *(w[own] for w in weights), check=checking)
+        if checking:
+            self._check_ratio(recomputed, old[own])
+        numbers = {"loss": loss.item(), **self._step()}
+        detached = log_prob.detach()
+        if ref is not None:
+            numbers["kl"] = (detached - ref).sum(1).mean().item()
+        return numbers | algorithm.diagnostics(detached, old, ref, credit, groups)
+
+    def _minibatch(self, ro: Rollout, m: int) -> tuple[Tensor, Tensor]:
+        """Rows of update m among all, and where this process's are among its own."""
+        size = self.batches.per_update
+        update = torch.arange(m * size, (m + 1) * size)
+        return update, torch.isin(ro.rows, update).nonzero().squeeze(1)
+
+    def _matrices(self, ro: Rollout, at: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and, if needed, KL to the reference, ``(b, T)`` of one update."""
+        found = []
+        for some in at.split(self.training.max_batch or len(at)):
+            condition = ro.condition.take(some)
+            columns = []
+            for i in range(self.policy.num_steps):
+                x, law = self._law(self.policy, ro, some, condition, i)
+                kl = torch.zeros(len(some))
+                if self.algorithm.needs_kl:
+                    kl = law.kl(self._law(self.trainable.reference, ro, some, condition, i)[1])
+                columns.append(torch.stack([law.log_prob(x).double().cpu(), kl.double().cpu()]))
+            found.append(torch.stack(columns, -1))
+        log_prob, kl = self._all(ro.rows[at], torch.cat(found, 1).transpose(0, 1)).unbind(1)
+        return log_prob.contiguous(), kl.contiguous() if self.algorithm.needs_kl else None
+
+    def _law(self, policy: Policy, ro: Rollout, some: Tensor, condition: Condition, i: int):
+        """x[i + 1] and the law it came from."""
+        rows = some.to(ro.latents[i].device)
+        with self.team.accelerator.autocast():
+            return ro.latents[i + 1][rows], policy.step_law(ro.latents[i][rows], i, condition)
+
+    def _backward(
+        self, ro: Rollout, at: Tensor, by_log_prob: Tensor, by_kl: Tensor, check: bool
+    ) -> Tensor | None:
+        """Gradients of the matrices' entries, weighted; one step's activations at a time.
+
+        Entries of weight 0 are not computed. With ``check``, the log-probabilities met are given
+        back, NaN for the others.
+        """
+        met = torch.full_like(by_log_prob, torch.nan) if check else None
+        needed = (by_log_prob != 0) | (by_kl != 0)
+        size = self.training.max_batch or max(len(at), 1)
+        for i in range(self.policy.num_steps):
+            for some in needed[:, i].nonzero().squeeze(1).split(size):
+                if not len(some):
+                    continue
+                condition = ro.condition.take(at[some])
+                x, law = self._law(self.policy, ro, at[some], condition, i)
+                log_prob = law.log_prob(x)
+                total = (by_log_prob[some, i].to(log_prob) * log_prob).sum()
+                if by_kl[some, i].any():
+                    with torch.no_grad():
+                        reference = self._law(self.trainable.reference, ro, at[some], condition, i)
+                    kl = law.kl(reference[1])
+                    total = total + (by_kl[some, i].to(kl) * kl).sum()
+                total.backward()
+                if check:
+                    met[some, i] = log_prob.detach().double().cpu()
+        return met
+
+    def _denoising(self, ro: Rollout, m: int, pass_: int) -> dict[str, float]:
+        algorithm = self.algorithm
+        update, at = self._minibatch(ro, m)
+        rows, x0 = ro.rows[at], ro.latents[-1]
+        chosen = self._choose()
+        draws = range(algorithm.num_draws)
+
+        def errors(policy: Policy, some: Tensor, draw: int) -> Tensor:
+            use = 1 + pass_ * algorithm.num_draws + draw
+            generators = self._generators(rows[some], chosen, use)
+            where = at[some]
+            with self.team.accelerator.autocast():
+                return policy.denoising_loss(
+                    x0[where.to(x0.device)], ro.condition.take(where), generators
+                )
+
+        def matrix(policy: Policy) -> Tensor:
+            pieces = torch.arange(len(at)).split(self.training.max_batch or len(at))
+            found = [torch.stack([errors(policy, some, s) for s in draws], 1) for some in pieces]
+            return self._all(rows, torch.cat(found))
+
+        with torch.no_grad():
+            error = matrix(self.policy)
+            reference = matrix(self.trainable.reference) if algorithm.needs_reference else None
+        error.requires_grad_()
+        credit, groups = ro.credit.take(update), ro.groups[update]
+        loss = algorithm.loss(error, reference, credit, groups)
+        loss.backward()
+        weights = error.grad[torch.isin(update, rows)]
+        for s in draws:
+            needed = weights[:, s].nonzero().squeeze(1)
+            for some in needed.split(self.training.max_batch or max(len(at), 1)):
+                if len(some):
+                    e = errors(self.policy, some, s)
+                    (weights[some, s].to(e) * e).sum().backward()
+        return {"loss": loss.item(), **self._step()}
+
+    def _pathwise(self, found: list[dict[str, float]]) -> tuple[Scores, Tensor]:
+        b, total = self.training.samples_per_prompt, self.batches.per_update
+        chosen, own = self._choose(), self.team.rows(total)
+        rows = torch.arange(own.start, own.stop)
+        losses, scores = [], []
+        for some in rows.split(self.training.max_batch or len(rows)):
+            condition = self.conditions.take([chosen[r // b] for r in some.tolist()])
+            with self.team.accelerator.autocast():
+                loss, _, score = self.algorithm.loss(
+                    self.policy, condition, self._generators(some, chosen),
+                    lambda samples: evaluate(self.reward, samples),
+                )  # fmt: skip
+            (loss.sum() / total).backward()
+            losses.append(loss.detach())
+            detached = Scores(score.value.detach(), None, {})
+            scores.append(detached)
+        whole = self._whole(rows, Scores.cat(scores))
+        self._check_rewards(whole)
+        loss = self._all(rows, torch.cat(losses)).mean().item()
+        found.append({"loss": loss, **self._step()})
+        return whole, torch.arange(total) // b
+
+    def _step(self) -> dict[str, float]:
+        """Sum the gradients over the processes, clip them, and step."""
+        if self.updates == 0:
+            self._check_gradients()
+        for p in self.parameters:
+            if p.grad is None:  # nothing of this update reached it; its momentum still moves it
+                p.grad = torch.zeros_like(p)
+        self.team.sum_gradients(self.parameters)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise RuntimeError(
+                f"the gradient of update {self.updates + 1} is {norm.item()}, and the weights are "
+                "as they were before it; lower the learning rate, or check the reward"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(self.updates)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.trainable.ema_step()
+        self.updates += 1
+        return {"grad_norm": norm.item()}
+
+    def _rate(self, update: int) -> float:
+        """The learning rate of an update, counted from 0."""
+        training, algorithm = self.training, self.algorithm
+        total = training.iterations * algorithm.passes * algorithm.minibatches
+        left = max(0.0, 1 - max(0, update - training.warmup) / max(1, total - training.warmup))
+        factor = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+        rise = min(1.0, (update + 1) / max(training.warmup, 1))
+        return training.learning_rate * rise * factor[training.schedule]
+
+    # -- self-checks of the first update ------------------------------------------------------
+
+    def _check_rewards(self, scores: Scores) -> None:
+        value = scores.value
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"{int((~torch.isfinite(value)).sum())} of {len(value)} samples have the reward "
+                f"{value[~torch.isfinite(value)][0].item()}; finetuning needs finite rewards "
+                "(clip_range bounds one)"
+            )
+        if self.updates == 0 and len(value) > 1 and bool((value == value[0]).all()):
+            warnings.warn(
+                f"all {len(value)} samples of the first rollout have the reward "
+                f"{value[0].item():.4g}: there is nothing to learn from yet",
+                stacklevel=2,
+            )
+
+    def _check_ratio(self, recomputed: Tensor, old: Tensor) -> None:
+        """On the policy that drew the samples, recomputed log-probabilities are the same."""
+        gap = (recomputed - old).abs().nan_to_num(0).max().item()
+        half = getattr(self.policy, "dtype", torch.float32) in (torch.bfloat16, torch.float16)
+        half = half or self.training.mixed_precision != "no"
+        bound = 1.0 if half else 0.05
+        self.record.say(f"self-check: on-policy log-probabilities agree within {gap:.1e} nats")
+        if gap > bound:
+            raise RuntimeError(
+                f"self-check: log-probabilities of the same steps differ by {gap:.3g} nats between "
+                f"rollout and training, and the bound is {bound} for this precision. The network "
+                "is not deterministic: does it have dropout, or other inputs in training?"
+            )
+
+    def _check_gradients(self) -> None:
+        """Gradients are where they should be, and nowhere else."""
+        trained = {id(p) for p in self.parameters}
+        others = [
+            name
+            for name, p in self.policy.denoiser.named_parameters()
+            if p.grad is not None and id(p) not in trained
+        ]
+        if others:
+            raise RuntimeError(
+                f"self-check: {len(others)} parameters that are not trained have gradients, such "
+                f"as {others[0]!r}; set requires_grad to False for them"
+            )
+        reached = any(p.grad is not None and bool(p.grad.any()) for p in self.parameters)
+        if not self.team.any(reached):
+            warnings.warn(
+                "the first update has no gradient: are all rewards of each prompt equal?",
+                stacklevel=2,
+            )
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        if self.team.is_main:
+            names = list(self.trainable.parameters)
+            tensors = {
+                "model": self.trainable.state_dict(),
+                "optimizer": optimizer_tensors(self.optimizer, names),
+                "rng": {"torch": torch.get_rng_state()},
+            }
+            state = {
+                "iteration": self.iteration,
+                "updates": self.updates,
+                "history": self.history.state_dict(),
+                "watch": self.watch.state_dict(),
+                "compute": self.compute.counts(),
+                "settings": self.settings,
+            }
+            save_checkpoint(
+                self.folder, self.iteration, tensors, state, self.training.keep_checkpoints
+            )
+        self.team.wait()
+
+    def _resume(self, path: Path) -> Evaluation:
+        """Take up the state of a checkpoint; gives back the evaluation before training."""
+        tensors, state = load_checkpoint(path)
+        check_same(state["settings"], self.settings, MAY_DIFFER)
+        before = self.evaluator(0)  # the adapters still do nothing
+        self.watch = Watch(self.training.guard, before)
+        self.trainable.load_state_dict(tensors["model"])
+        names = list(self.trainable.parameters)
+        load_optimizer_tensors(self.optimizer, names, tensors["optimizer"])
+        torch.set_rng_state(tensors["rng"]["torch"])
+        self.iteration, self.updates = state["iteration"], state["updates"]
+        self.history.load_state_dict(state["history"])
+        self.watch.load_state_dict(state["watch"])
+        self.compute.restore(state["compute"])
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        self.metrics = [r for r in rows if "reward" in r and r["iteration"] <= self.iteration]
+        self.team.wait()  # the file has been read by all
+        self.record.resume(self.iteration)
+        self.record.say(f"resumed from {path.name}")
+        return before
+
+
+class Conditions:
+    """Every prompt encoded once, in the main memory; the text encoders then leave the device.
+
+    Args:
+        policy: encodes.
+        prompts: as they may be asked for, by place.
+        batch: most prompts encoded at once.
+        most_bytes: beyond this, prompts are encoded whenever they are asked for.
+    """
+
+    def __init__(self, policy: Policy, prompts: Sequence[str], batch: int, most_bytes: int = 2**32):
+        self.policy, self.prompts, self.kept = policy, list(prompts), None
+        parts: list[Condition] = []
+        for start in range(0, len(self.prompts), batch):
+            some = self.prompts[start : start + batch]
+            with torch.no_grad():
+                parts.append(_to(policy.encode(some), "cpu"))
+            size = sum(t.nbytes for t in parts[0].tensors.values()) / len(parts[0])
+            if size * len(self.prompts) > most_bytes:
+                return
+        self.kept = _join(parts)
+        park = getattr(policy, "park_encoders", None)
+        if park is not None:
+            park()
+
+    def take(self, indices: Sequence[int]) -> Condition:
+        """The conditions of these prompts, on the policy's device."""
+        if self.kept is None:
+            unique = sorted(set(indices))
+            found = self.policy.encode([self.prompts[p] for p in unique])
+            return found.take([unique.index(p) for p in indices])
+        return _to(self.kept.take(list(indices)), self.policy.device)
+
+
+class Compute:
+    """How many samples went through the networks: the honest measure of a run's cost."""
+
+    def __init__(self, *networks: torch.nn.Module) -> None:
+        self.forward = self.backward = 0
+        for network in dict.fromkeys(networks):
+            network.register_forward_hook(self._count)
+
+    def _count(self, network, inputs, output) -> None:
+        output = output[0] if not isinstance(output, Tensor) else output
+        if torch.is_grad_enabled() and output.requires_grad:
+            self.backward += len(output)
+        else:
+            self.forward += len(output)
+
+    def counts(self) -> list[int]:
+        """Rows without gradient, and with: the latter cost about three times as much."""
+        return [self.forward, self.backward]
+
+    def restore(self, counts: Sequence[int]) -> None:
+        self.forward, self.backward = counts
+
+
+def _describe(policy, reward, algorithm, training, prompts, eval_prompts) -> dict[str, Any]:
+    """What a checkpoint must agree in with the run that goes on from it."""
+    kernel = getattr(policy, "kernel", None)
+    return {
+        "policy": {
+            "type": type(policy).__name__,
+            "num_steps": policy.num_steps,
+            "kernel": type(kernel).__name__,
+            "guidance_scale": getattr(policy, "guidance_scale", None),
+        },
+        "reward_name": reward.info.name,
+        "algorithm": {"name": type(algorithm).__name__, **asdict(algorithm)},
+        "training": asdict(training),
+        "prompts": _digest(prompts),
+        "eval_prompts": _digest(eval_prompts),
+    }
+
+
+def _digest(prompts: Sequence[str]) -> str:
+    return f"{len(prompts)}: {blake2b(chr(0).join(prompts).encode(), digest_size=8).hexdigest()}"
+
+
+def _training_options(training: Training) -> dict[str, Any]:
+    left_out = ("guard", "loggers", "checkpoint_every", "keep_checkpoints", "decode_batch")
+    return {name: v for name, v in asdict(training).items() if name not in left_out}
+
+
+def _to(condition: Condition, device: torch.device | str) -> Condition:
+    return Condition(condition.prompts, {k: t.to(device) for k, t in condition.tensors.items()})
+
+
+def _join(conditions: Sequence[Condition]) -> Condition:
+    names = conditions[0].tensors
+    return Condition(
+        [prompt for c in conditions for prompt in c.prompts],
+        {name: torch.cat([c.tensors[name] for c in conditions]) for name in names},
+    )
+
+
+def _copy(generator: torch.Generator) -> torch.Generator:
+    twin = torch.Generator(device=generator.device)
+    twin.set_state(generator.get_state())
+    return twin
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or SIGINT came; a second SIGINT interrupts as usual."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def note(number, frame):
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,77 @@
+"""The processes of a run, which may be one.
+
+Every process rolls out and differentiates its own rows; what is small, such as matrices of
+log-probabilities, all of them see whole. So a loss over groups needs no rule about who has which
+sample, and gives the same numbers whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Team:
+    """What the engine asks of accelerate.
+
+    Attributes:
+        accelerator: holds device, precision and trackers.
+        rank: of this process, 0 to ``size - 1``.
+        size: number of processes.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.rank, self.size = accelerator.process_index, accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, n: int) -> range:
+        """Which of n rows are this process's: a contiguous share; shares differ by one at most."""
+        share, more = divmod(n, self.size)
+        start = self.rank * share + min(self.rank, more)
+        return range(start, start + share + (self.rank < more))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, by rank, on every process; tensors arrive on the CPU."""
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def cat(self, rows: Tensor) -> Tensor:
+        """All rows, in order, on every process and its device, from each process's own."""
+        return torch.cat(self.gather(rows)).to(rows.device)
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace each gradient by its sum over the processes; one message per dtype."""
+        if self.size == 1:
+            return
+        parameters = list(parameters)
+        for p in parameters:
+            if p.grad is None:  # this process had no rows with a gradient
+                p.grad = torch.zeros_like(p)
+        for dtype in sorted({p.grad.dtype for p in parameters}, key=str):
+            grads = [p.grad for p in parameters if p.grad.dtype == dtype]
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat)
+            for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                g.copy_(part.view_as(g))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set anywhere."""
+        return any(self.gather(flag))
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.accelerator.wait_for_everyone()
