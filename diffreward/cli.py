@@ -92,17 +92,19 @@ def _check_options(config: SteerConfig, guide) -> None:
 
 def _judges(config: SteerConfig, guide, prompts: list[str]) -> dict:
     """Label -> held-out reward and which prompts it can judge; a useless one is left out."""
-    from diffreward import report
-    from diffreward.rewards import make_reward
-    from diffreward.rewards.combine import distinct
+    import torch
 
-    judges = {}
+    from diffreward.rewards import judge_prompts, make_reward
+    from diffreward.rewards.combine import distinct
+    from diffreward.samples import Samples
+
+    blank, judges = Samples(torch.ones(1, 3, 64, 64), "image", [""]), {}
     for spec in config.judges:
         if spec == config.reward:
             say(f"{guide.info.name} guides, so it is no judge and is left out of the judges")
             continue
         judge = make_reward(spec)
-        can, problem = report.judge_prompts(judge, prompts)
+        can, problem = judge_prompts(judge, prompts, blank)
         label = distinct(judge.info.name, [guide.info.name, *judges])
         if any(can):
             judges[label] = judge, can
@@ -200,7 +202,10 @@ def score(argv: Sequence[str]) -> int:
     with refusals():
         found = scoring.score(paths, rewards, out=out, progress=True, **options)
     if found.table is None:
-        say(f"done; other processes are still scoring, and the last of them writes {out}")
+        say(
+            f"done: {found.computed} rows scored here; other processes are still scoring, and the "
+            f"last of them writes {out}"
+        )
         return 0
     print(f"{report.score_summary(found.summary())}\n")
     wrong = found.errors

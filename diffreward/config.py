@@ -206,7 +206,8 @@ class ScoreConfig:
         data_column: of manifests, with the image, text or sequence; null: the usual names.
         prompt_column: of manifests; null: prompt, caption or text.
         batch_size: null: what fits into the memory of the GPU; 32 on a CPU.
-        num_workers: processes that decode; null: by the number of cores.
+        num_workers: processes that decode; null: by the number of cores; 0: none, and a file
+            that kills its decoder kills the run.
         shard_rows: rows that are written, and lost by a kill, together.
         device: cpu, cuda, cuda:1, mps, ...; null: CUDA if there is one.
         engine: local, or ray: the Ray cluster of RAY_ADDRESS, or of this machine.

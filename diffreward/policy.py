@@ -12,7 +12,8 @@ Conventions, stated once and used everywhere:
 - no function here switches gradients off: that is the caller's choice.
 
 Everything goes through ``Policy.step_law``: sampling, log-probabilities, KL and steering. `rollout`
-is the one sampling loop; the only other one steers (``steering/feynman_kac.py``).
+is the sampling loop; the others steer (``steering/feynman_kac.py``), or switch gradients on and off
+on the way (``algorithms/refl.py``, ``algorithms/draft.py``).
 """
 
 from __future__ import annotations

@@ -42,29 +42,6 @@ def score_summary(summary: dict[str, dict[str, float | int]]) -> str:
 # --------------------------------------------------------------------------------------------
 
 
-def judge_prompts(judge: Reward, prompts: Sequence[str]) -> tuple[list[bool], str]:
-    """Which prompts a held-out reward can judge, found on blank pictures before any compute.
-
-    Returns:
-        One answer per prompt, and what was wrong with the first that it cannot judge.
-    """
-    if judge.info.modality not in (None, "image"):
-        return [False] * len(prompts), f"it judges {judge.info.modality} samples, not images"
-
-    def problem(these: Sequence[str]) -> str:
-        try:
-            evaluate(judge, Samples(torch.ones(len(these), 3, 64, 64), "image", list(these)))
-        except ValueError as err:
-            return str(err)
-        return ""
-
-    with torch.no_grad():
-        if not problem(prompts):
-            return [True] * len(prompts), ""
-        problems = [problem([prompt]) for prompt in prompts]
-    return [not p for p in problems], next((p for p in problems if p), "")
-
-
 @dataclass
 class Arm:
     """One way of sampling: all its particles, scored by every reward.

@@ -26,13 +26,6 @@ def run():
 # -- steering -----------------------------------------------------------------------------------
 
 
-def test_judge_prompts():
-    can, problem = report.judge_prompts(make_reward("shapes_checker"), ["a red heart", "a cat"])
-    assert can == [True, False] and "a cat" in problem
-    can, problem = report.judge_prompts(make_reward("colorfulness"), ["a cat"])
-    assert can == [True] and problem == ""
-
-
 def test_means_are_those_of_the_particles(run):
     plain, steered = run.result.best_of_n.scores.value, run.result.scores.value
     expected = [plain.mean(), plain.view(2, 3).amax(1).mean(), steered.view(2, 3).amax(1).mean()]

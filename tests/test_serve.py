@@ -279,8 +279,14 @@ def test_requests_stay_within_the_servers_limits(url):
     assert all(size <= 200_000 for _, size in sizes)
     many = there._requests(Samples(images(12), "image"))
     assert [list(at) for at, _, _ in many] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
+    twelve = Samples(images(12), "image")
+    assert torch.equal(evaluate(there, twelve).value, evaluate(make_reward(COLOUR), twelve).value)
     with pytest.raises(ValueError, match=r"sample 0 takes \d+ bytes, but .* at most 200000"):
         evaluate(there, Samples(images(2, 200, 200), "image"))
+    size = len(pack(TEXTS, ["words"])[1])
+    with running([words], max_bytes=size) as address:  # and the limit itself is within it
+        assert evaluate(remote(address, "words"), TEXTS).value.tolist() == [1, 2]
+        assert len(list(remote(address, "words")._requests(TEXTS))) == 1
 
 
 def test_a_reward_that_fails_is_an_error_and_never_a_score():
@@ -328,10 +334,11 @@ def test_which_reward_and_where(url):
 
 BUSY = (429, {"Retry-After": "7"}, {"detail": "full"})
 FAILS = (503, {}, b"<html>gateway</html>")
+SLOW = (408, {}, {"detail": "the body did not come"})
 
 
 def test_a_busy_failing_or_absent_server_is_asked_again_and_later_each_time(waits):
-    with scripted((200, {}, WORDS), None, FAILS, FAILS, BUSY, (200, {}, TWO)) as (address, seen):
+    with scripted((200, {}, WORDS), None, FAILS, SLOW, BUSY, (200, {}, TWO)) as (address, seen):
         assert evaluate(remote(address), TEXTS).value.tolist() == [1, 2]
     assert [path for _, path, _, _ in seen] == ["/rewards"] + ["/score"] * 5
     assert len({body for *_, body in seen[1:]}) == 1
@@ -372,6 +379,14 @@ def test_what_a_server_refuses_is_not_repeated(waits, status):
         assert len(seen) == 2 and not waits
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_token_that_is_refused_is_not_sent_again(waits, status):
+    with scripted((200, {}, WORDS), (status, {}, {"detail": "who?"})) as (address, seen):
+        with pytest.raises(PermissionError, match=f"wants the right token=: {status} .*who"):
+            evaluate(remote(address, token="old"), TEXTS)
+        assert len(seen) == 2 and not waits
+
+
 def test_an_absent_server_is_an_error_when_the_reward_is_built(waits):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -395,6 +410,7 @@ def test_a_server_that_never_answers(waits):
         ([["a"]], "not as a reward server does"),
         ([WORDS, {"scores": {}}], "an answer without scores"),
         ([WORDS, {"scores": {"words": {**TWO["scores"]["words"], "value": [0.0]}}}], "1 scores to"),
+        ([WORDS, {"scores": {"words": {**TWO["scores"]["words"], "value": [0.0] * 3}}}], "3 sc"),
     ],
 )
 def test_an_answer_that_is_none(waits, answers, says):
@@ -470,6 +486,20 @@ def test_a_token_is_asked_for_everywhere_but_at_health(monkeypatch):
         for wrong in (None, "other"):
             with pytest.raises(PermissionError, match="wants the right token=: 401"):
                 remote(address, token=wrong)
+
+
+def test_a_token_is_compared_in_constant_time(monkeypatch):
+    compared, compare = [], serving.hmac.compare_digest
+
+    def spy(sent, expected):
+        compared.append((sent, expected))
+        return compare(sent, expected)
+
+    monkeypatch.setattr(serving, "hmac", SimpleNamespace(compare_digest=spy))
+    with running([words], token="s3cret") as address:
+        assert call(address, "/rewards", Authorization="Bearer s3")[0] == 401
+        assert call(address, "/rewards", Authorization="Bearer s3cret")[0] == 200
+    assert compared == [(b"Bearer s3", b"Bearer s3cret"), (b"Bearer s3cret",) * 2]
 
 
 def test_rewards_of_one_name_are_told_apart():
@@ -615,6 +645,12 @@ def test_images_that_cannot_be_read(url, body, kind, status, says):
     assert call(url, "/health")[2]["queue"] == 0
 
 
+def test_an_image_may_have_as_many_pixels_as_the_limit_says(url):
+    for (h, w), expected in [((100, 100), 200), ((73, 137), 413)]:
+        path = "/score?reward=jpeg_compressibility"
+        assert call(url, path, png(photo(h, w)), "image/png")[0] == expected
+
+
 @pytest.mark.parametrize(
     "query, status, says",
     [
@@ -679,6 +715,13 @@ def file(tensors, **request) -> bytes:
     return save(tensors, {"request": json.dumps(request)})
 
 
+def lying(data=bytes(192), length=None, also=(), **said) -> bytes:
+    """A safetensors file of one image of 192 bytes, whose header says something else."""
+    truth = {"dtype": "F32", "shape": [1, 3, 4, 4], "data_offsets": [0, 192]}
+    header = json.dumps({"images": {**truth, **said}, **dict(also)}).encode()
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
 @pytest.mark.parametrize(
     "content_type, body, status, says",
     [
@@ -686,6 +729,22 @@ def file(tensors, **request) -> bytes:
         (OCTETS, b"\xff" * 8 + b"{}", 400, "not a safetensors file"),
         (OCTETS, file({"images": IMAGE})[:-1], 400, "not a safetensors file"),
         (OCTETS, struct.pack("<Q", 20_000) + b"[" * 20_000, 400, "not a safetensors file"),
+        (OCTETS, lying(shape=[2, 3, 4, 4]), 400, "not a safetensors file"),
+        (OCTETS, lying(shape=[2**40, 3, 4, 4]), 400, "not a safetensors file"),
+        (OCTETS, lying(shape=[2**62, 2**62, 4, 4]), 400, "not a safetensors file"),
+        (OCTETS, lying(shape=[-1, 3, 4, 4]), 400, "not a safetensors file"),
+        (OCTETS, lying(data_offsets=[0, 2**50]), 400, "not a safetensors file"),
+        (OCTETS, lying(data_offsets=[192, 0]), 400, "not a safetensors file"),
+        (OCTETS, lying(data_offsets=[8, 200], data=bytes(200)), 400, "not a safetensors file"),
+        (OCTETS, lying(data=bytes(200)), 400, "not a safetensors file"),
+        (OCTETS, lying(length=10), 400, "not a safetensors file"),
+        (OCTETS, lying(length=150), 400, "not a safetensors file"),
+        (OCTETS, lying(length=2**63), 400, "not a safetensors file"),
+        (OCTETS, lying(dtype="F13"), 400, "not a safetensors file"),
+        (OCTETS, lying(also={"__metadata__": [1]}), 400, "not a safetensors file"),
+        (OCTETS, lying(also={"__metadata__": {"request": {}}}), 400, "not a safetensors file"),
+        (OCTETS, lying(also={"__metadata__": None}), 422, "'letters' compares"),  # all rewards
+        (OCTETS, file({"images": IMAGE.to(torch.float8_e5m2)}), 400, "'images' is of torch.float8"),
         (OCTETS, save({"images": IMAGE}, {"request": "{"}), 400, "not JSON"),
         (OCTETS, file({}), 400, "there is none of them"),
         (OCTETS, file({"images": IMAGE, "data": IMAGE}), 400, "there is images and data"),
@@ -724,6 +783,13 @@ def test_a_body_is_not_read_beyond_the_limit(url):
     body = save({"images": torch.zeros(1, 3, 200, 200)})
     status, _, answer = call(url, "/score", body, OCTETS)
     assert status == 413 and "at most 200000 bytes" in answer["detail"]
+    # announced: the answer is there before the body
+    with socket.create_connection(urlsplit(url).netloc.split(":"), timeout=20) as connection:
+        connection.sendall(
+            f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: {OCTETS}\r\n"
+            "Content-Length: 200001\r\n\r\n".encode()
+        )
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
     # in chunks, of which nobody says how many will come: the answer is there before the end
     with socket.create_connection(urlsplit(url).netloc.split(":"), timeout=20) as connection:
         connection.sendall(
@@ -738,22 +804,48 @@ def test_a_body_is_not_read_beyond_the_limit(url):
 def test_a_body_that_does_not_come(monkeypatch):
     monkeypatch.setattr(serving, "_UPLOAD_SECONDS", 0.1)
     with running([words], max_queue=1) as address:
-        with socket.create_connection(urlsplit(address).netloc.split(":"), timeout=20) as waiting:
-            waiting.sendall(
-                f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: {TEXT}\r\n"
-                "Content-Length: 9\r\n\r\n{".encode()
-            )
+        with slow_upload(address) as waiting:
             assert waiting.recv(1000).startswith(b"HTTP/1.1 408 ")
+        assert call(address, "/health")[2]["queue"] == 0
+
+
+@contextmanager
+def slow_upload(address, **headers) -> Iterator[socket.socket]:
+    """A client that has sent one byte of a body of nine."""
+    with socket.create_connection(urlsplit(address).netloc.split(":"), timeout=20) as sending:
+        more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        sending.sendall(
+            f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: {TEXT}\r\n{more}"
+            "Content-Length: 9\r\n\r\n{".encode()
+        )
+        yield sending
+
+
+def test_a_slow_client_takes_a_place_and_nobody_elses_time():
+    text = json.dumps({"data": ["a"]})
+    with running([words], max_queue=2) as address, slow_upload(address) as slow:
+        wait_for_queue(address, 1)
+        for _ in range(3):
+            assert call(address, "/score", text, TEXT)[0] == 200
+        with slow_upload(address):
+            wait_for_queue(address, 2)
+            assert call(address, "/score", text, TEXT)[0] == 429
+        wait_for_queue(address, 1)
+        slow.sendall(b'"data":1')  # it comes in the end, and is read
+        answer = slow.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        wait_for_queue(address, 0)
+
+
+def test_who_has_no_token_takes_no_place():
+    with running([words], max_queue=1, token="s3cret") as address, slow_upload(address) as slow:
+        assert slow.recv(1000).startswith(b"HTTP/1.1 401 ")  # before its body was sent
         assert call(address, "/health")[2]["queue"] == 0
 
 
 def test_who_hangs_up_while_sending_leaves_no_trace(caplog):
     with running([words]) as address:
-        with socket.create_connection(urlsplit(address).netloc.split(":"), timeout=20) as sending:
-            sending.sendall(
-                f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: {TEXT}\r\n"
-                "Content-Length: 9\r\n\r\n{".encode()
-            )
+        with slow_upload(address):
             wait_for_queue(address, 1)
         wait_for_queue(address, 0)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
@@ -795,6 +887,16 @@ def test_one_request_is_computed_at_a_time_and_a_full_queue_says_when_to_come_ba
         wait_for_queue(address, 0)
     assert [status for status, _, _ in results] == [200] * 3
     assert gate.calls == 3 and gate.most_inside == 1
+
+
+@pytest.mark.parametrize("seconds, says", [(0.001, "1"), (7.5, "15"), (1000.0, "60")])
+def test_who_comes_back_is_told_when_the_queue_will_be_empty(seconds, says):
+    queue = serving._Queue(2)
+    queue._seconds = seconds  # a request takes so long
+    with queue.place(), queue.place(), pytest.raises(serving._Refusal) as refused:
+        queue.place().__enter__()
+    assert refused.value.status == 429 and refused.value.headers == {"Retry-After": says}
+    assert queue.length == 0
 
 
 def test_remote_waits_for_a_full_queue(monkeypatch):

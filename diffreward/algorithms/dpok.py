@@ -87,7 +87,6 @@ class DPOK(TrajectoryAlgorithm):
     minibatches: int = 1
     shared_noise: bool = False
 
-    needs_reference = True
     needs_kl = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {

@@ -115,8 +115,6 @@ class GRPO(TrajectoryAlgorithm):
         """Whether there is a KL term."""
         return self.beta_kl > 0
 
-    needs_reference = needs_kl
-
     def credit(
         self, scores: Scores, groups: Int[Tensor, " b"], prompts: Sequence[str], history: History
     ) -> Scores:

@@ -230,14 +230,12 @@ class PRDP(TrajectoryAlgorithm):
         ``clip_fraction``, ``log_ratio_mean``, ``log_ratio_max``: of single steps, to the model that
         drew them, nats. ``residual``: root mean square of Delta r_hat - Delta r / beta, nats;
         ``correlation`` of r_hat with the reward within prompts, 1 at the optimum, left out where
-        one of them does not vary. ``trajectory_kl``: estimate of KL(model || pretrained) over whole
-        trajectories, nats, exact in expectation for the model that drew the samples.
+        one of them does not vary.
         """
         r_hat = (log_prob.double() - log_prob_ref.double()).sum(1).detach()
         value = scores.value.double()
         a, b = _pairs(groups)
         numbers = ratio_diagnostics(log_prob, log_prob_old, -self.clip, self.clip)
-        numbers["trajectory_kl"] = r_hat.mean().item()
         if len(a):
             residual = _differences(r_hat, a, b) - _differences(value, a, b) / self.beta
             numbers["residual"] = residual.square().mean().sqrt().item()

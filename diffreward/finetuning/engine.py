@@ -316,7 +316,7 @@ class Engine:
             weight_decay=training.weight_decay,
         )  # fmt: skip
         self.compute = Compute(policy.denoiser, self.trainable.reference.denoiser)
-        self.history = History()
+        self.history = History(max(64, getattr(algorithm, "buffer_size", 0)))
         self.iteration, self.updates = 0, 0
         self.metrics: list[dict[str, Any]] = []
 
@@ -575,7 +575,9 @@ class Engine:
             self._check_ratio(recomputed, old[own])
         numbers = {"loss": loss.item(), **self._step()}
         detached = log_prob.detach()
-        if ref is not None:
+        if kl is not None:
+            numbers["kl"] = kl.detach().sum(1).mean().item()
+        elif ref is not None:  # an estimate, exact in expectation just after the rollout
             numbers["kl"] = (detached - ref).sum(1).mean().item()
         return numbers | algorithm.diagnostics(detached, old, ref, credit, groups)
 
@@ -806,7 +808,8 @@ class Engine:
         """Take up the state of a checkpoint; gives back the evaluation before training."""
         tensors, state = load_checkpoint(path)
         check_same(state["settings"], self.settings, MAY_DIFFER)
-        before = self.evaluator(0)  # the adapters still do nothing
+        self.record.resume(state["iteration"])
+        before = self.record.before or self.evaluator(0)  # the adapters still do nothing
         self.watch = Watch(self.training.guard, before)
         self.trainable.load_state_dict(tensors["model"])
         names = list(self.trainable.parameters)
@@ -818,8 +821,6 @@ class Engine:
         self.compute.restore(state["compute"])
         rows = read_metrics(self.folder / "metrics.jsonl")
         self.metrics = [r for r in rows if "reward" in r and r["iteration"] <= self.iteration]
-        self.team.wait()  # the file has been read by all
-        self.record.resume(self.iteration)
         self.record.say(f"resumed from {path.name}")
         return before
 

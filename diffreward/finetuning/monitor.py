@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from diffreward.files import write_atomic
 from diffreward.finetuning.options import Guard
 from diffreward.finetuning.team import Team
 from diffreward.policy import Condition, Policy, StepLaw, rollout, sample_generators
-from diffreward.rewards import Reward, evaluate, probes
+from diffreward.rewards import Reward, evaluate, judge_prompts, probes
 from diffreward.samples import Samples
 
 STREAM = 2**32 - 1
@@ -435,32 +435,6 @@ class _Measured:
             else:
                 self.kl = nats if self.kl is None else self.kl + nats
         return law
-
-
-def judge_prompts(judge: Reward, prompts: Sequence[str], like: Samples) -> tuple[list[bool], str]:
-    """Which prompts a held-out reward can judge.
-
-    Args:
-        judge: the reward.
-        prompts: any number.
-        like: one sample of the kind that it will be given.
-
-    Returns:
-        One answer per prompt, and what was wrong with the first that it cannot judge.
-    """
-
-    def problem(these: Sequence[str]) -> str:
-        try:
-            evaluate(judge, replace(like.take([0] * len(these)), prompts=list(these)))
-        except ValueError as err:
-            return str(err)
-        return ""
-
-    with torch.no_grad():
-        if not problem(prompts):
-            return [True] * len(prompts), ""
-        problems = [problem([prompt]) for prompt in prompts]
-    return [not p for p in problems], next((p for p in problems if p), "")
 
 
 def _split(rows: Sequence, size: int | None) -> list[list]:

@@ -9,6 +9,7 @@ from diffreward.rewards import (  # noqa: F401  (they enter their rewards in the
     remote,
     shapes,
     text,
+    transforms,
     uncertainty,
     vlm,
 )
@@ -20,6 +21,7 @@ from diffreward.rewards.base import (
     as_reward,
     available_rewards,
     evaluate,
+    judge_prompts,
     make_reward,
     register_reward,
     require_gradient,
@@ -33,6 +35,7 @@ __all__ = [
     "as_reward",
     "available_rewards",
     "evaluate",
+    "judge_prompts",
     "make_reward",
     "register_reward",
     "require_gradient",

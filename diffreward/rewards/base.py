@@ -30,7 +30,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, Protocol, runtime_checkable
 
@@ -207,6 +207,32 @@ def require_gradient(
             f"{what} needs a gradient, and reward {reward.info.name!r} gave values without "
             f"one{advice}"
         )
+
+
+def judge_prompts(judge: Reward, prompts: Sequence[str], like: Samples) -> tuple[list[bool], str]:
+    """Which prompts a held-out reward can judge.
+
+    Args:
+        judge: the reward.
+        prompts: any number.
+        like: one sample of the kind that it will be given.
+
+    Returns:
+        One answer per prompt, and what was wrong with the first that it cannot judge.
+    """
+
+    def problem(these: Sequence[str]) -> str:
+        try:
+            evaluate(judge, replace(like.take([0] * len(these)), prompts=list(these)))
+        except ValueError as err:
+            return str(err)
+        return ""
+
+    with torch.no_grad():
+        if not problem(prompts):
+            return [True] * len(prompts), ""
+        problems = [problem([prompt]) for prompt in prompts]
+    return [not p for p in problems], next((p for p in problems if p), "")
 
 
 def as_reward(function: RewardSpec, info: RewardInfo | None = None) -> Reward:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from diffreward.rewards.base import RewardInfo, Scores, register_reward
 from diffreward.rewards.combine import safe_sqrt
-from diffreward.rewards.towers import CosineReward, Tower, TowerReward, load_tower, weights_file
+from diffreward.rewards.towers import CosineReward, Tower, TowerReward, load_tower
+from diffreward.rewards.weights import weights_file
 from diffreward.samples import Samples
 
 # --------------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ _LAION_HEAD = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
 _AESTHETIC = dict(
     modality="image",
     differentiable=True,
-    licence="Apache-2.0 (head); MIT (OpenAI CLIP)",
+    licence="Apache-2.0 (head, by its ports); MIT (OpenAI CLIP)",
     source="Schuhmann 2022, improved-aesthetic-predictor; LAION-5B, arXiv:2210.08402",
 )
 

@@ -96,7 +96,10 @@ def unpack(content_type: str, body: bytes) -> tuple[Samples, list[str] | None]:
             raise ValueError(f"the body is not a safetensors file: {err}") from err
         # A file starts with the length of its header; `load` checked it, but has no metadata.
         header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
-        body = header.get("__metadata__", {}).get("request", "{}").encode()
+        body = (header.get("__metadata__") or {}).get("request", "{}").encode()
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.element_size() < 2:  # torch cannot compute
+                raise ValueError(f"{name!r} is of {tensor.dtype}, which is too short; send float16")
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as err:

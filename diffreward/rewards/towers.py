@@ -571,37 +571,6 @@ def _from_settings(settings: Any, name: str) -> Preprocess:
     )
 
 
-def weights_file(name: str) -> str:
-    """The path of a file of weights: a path, ``ORG/REPO/FILE`` on the Hugging Face hub, or a URL.
-
-    Raises:
-        FileNotFoundError: there is no such file, or it could not be downloaded.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return str(path)
-    parts = name.split("/", 2)
-    url = name.startswith("https://")
-    local = path.is_absolute() or name.startswith((".", "~")) or len(parts) < 3 or not all(parts)
-    if local and not url:
-        raise FileNotFoundError(f"there is no file {name}; on the hub it would be ORG/REPO/FILE")
-    try:
-        if url:
-            file = Path(torch.hub.get_dir()) / "checkpoints" / name.rsplit("/", 1)[1]
-            if not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(name, str(file), progress=False)
-            return str(file)
-        from huggingface_hub import hf_hub_download
-
-        return hf_hub_download("/".join(parts[:2]), parts[2])
-    except (OSError, ValueError) as err:
-        raise FileNotFoundError(
-            f"{name} is no file here and could not be downloaded ({err}); "
-            "fetch it yourself and give its path"
-        ) from err
-
-
 # --------------------------------------------------------------------------------------------
 # Rewards that have a tower
 # --------------------------------------------------------------------------------------------

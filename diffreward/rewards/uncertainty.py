@@ -37,6 +37,7 @@ from diffreward.rewards.base import (
 )
 from diffreward.rewards.combine import (
     Aggregate,
+    Combined,
     Number,
     build_members,
     combined_info,
@@ -68,7 +69,7 @@ def uncertain(
     augmentations: Sequence[str] | None = None,
     num_passes: int = 8,
     seed: int = 0,
-) -> "Uncertain":
+) -> "Combined | Uncertain":
     """A cautious reward: K opinions on each sample, aggregated, with their std.
 
     ``Scores.parts`` holds each opinion. With identical opinions, the value is exactly that opinion
@@ -100,24 +101,24 @@ def uncertain(
         raise ValueError(f"source is one of {', '.join(SOURCES)}, but {source!r} came")
     if source == "members":
         members = build_members(reward, "uncertain with source='members'", at_least=2)
-        opinions, count = functools.partial(_members, members), len(members)
+        ranges = [member.info.range for member in members.values()]
+        info = combined_info(f"{aggregate}_{source}", members, how.range(ranges))
+        return Combined(info, members, how.join)
+    members = build_members([reward], "uncertain")
+    (base,) = members.values()
+    if source == "tta":
+        names = _augmentations(augmentations, base.info)
+        opinions, count = functools.partial(_augmented, base, names), 1 + len(names)
+    elif source == "dropout":
+        layers = _dropout_layers(base, num_passes)
+        opinions = functools.partial(_dropped, base, layers, num_passes, seed)
+        count = num_passes
     else:
-        members = build_members([reward], "uncertain")
-        (base,) = members.values()
-        if source == "tta":
-            names = _augmentations(augmentations, base.info)
-            opinions, count = functools.partial(_augmented, base, names), 1 + len(names)
-        elif source == "dropout":
-            layers = _dropout_layers(base, num_passes)
-            opinions = functools.partial(_dropped, base, layers, num_passes, seed)
-            count = num_passes
-        else:
-            opinions, count = functools.partial(_two_timesteps, base), 2
-    ranges = [member.info.range for member in members.values()]
+        opinions, count = functools.partial(_two_timesteps, base), 2
     info = combined_info(
         f"{aggregate}_{source}",
         members,
-        how.range(ranges if source == "members" else ranges * count),
+        how.range([base.info.range] * count),
         needs_context=(SECOND,) if source == "two_timesteps" else (),
     )
     if source == "tta" and info.modality is None:
@@ -127,11 +128,11 @@ def uncertain(
 
 @dataclass(frozen=True, eq=False)
 class Uncertain:
-    """A reward made of K opinions; :func:`uncertain` makes them.
+    """A reward made of K opinions of one other; :func:`uncertain` makes them.
 
     Attributes:
         info: what it needs and gives.
-        members: the rewards asked, by name.
+        members: the reward asked, by name.
         opinions: samples -> K scores by name, and others by name which are only reported.
         aggregate: how the opinions become one value.
     """
@@ -146,10 +147,6 @@ class Uncertain:
             opinions, others = self.opinions(samples)
         value, std = self.aggregate(torch.stack([scores.value for scores in opinions.values()]))
         return Scores(value, std, member_parts({**others, **opinions}))
-
-
-def _members(members: dict[str, Reward], samples: Samples) -> Opinions:
-    return {name: evaluate(member, samples) for name, member in members.items()}, {}
 
 
 def _two_timesteps(reward: Reward, samples: Samples) -> Opinions:

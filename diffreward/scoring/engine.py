@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from diffreward import __version__
 from diffreward.rewards import RewardSpec
+from diffreward.rewards.weights import fingerprints, weights_fingerprint
 from diffreward.samples import Samples
 from diffreward.scoring.decode import Decoder
 from diffreward.scoring.planner import CPU_BATCH, LARGEST_BATCH, Row, Scorer
@@ -138,12 +139,16 @@ def score(
         data_column, prompt_column: of manifests; None: the usual names.
         batch_size: rows a network sees at once; None: found by trying what fits into the memory
             of the GPU (32 on a CPU).
-        num_workers: processes that decode; 0: none but this one; None: by the number of cores.
+        num_workers: processes that decode. A file that kills its decoder (too little memory, a
+            defect of an image library) kills such a process and is an error of its row. 0: none:
+            it kills this one. None: by the number of cores; none for a few inputs, unless an
+            earlier run was interrupted.
         shard_rows: rows that are written, and lost if the run is killed, together.
         device: None: CUDA if there is one.
-        engine: ``"local"``: this process (and those that torchrun started beside it); ``"ray"``:
-            the Ray cluster that ``RAY_ADDRESS`` names, or this machine. Every machine must see
-            the files under the same paths.
+        engine: ``"local"``: this process (and those that torchrun started beside it: ``RANK`` and
+            ``WORLD_SIZE`` are set, and each takes its share); ``"ray"``: the Ray cluster that
+            ``RAY_ADDRESS`` names, or this machine. Every machine must see the files under the
+            same paths.
         num_actors: of Ray, each with a model of its own; None: one for each GPU, or CPU core if
             there is no GPU.
         progress: show a bar.
@@ -151,9 +156,11 @@ def score(
     Raises:
         FileNotFoundError, FileExistsError, ValueError: before anything is computed: an input that
             is not there or of another kind than the rewards score, an unknown reward, prompts
-            that are needed and missing, an output that exists or is of another request.
+            that are needed and missing, an output that exists or is of another request, only
+            one of ``RANK`` and ``WORLD_SIZE``.
         OSError: the output cannot be written.
         ImportError: Ray is asked for and not installed.
+        RuntimeError: processes that decode die, and not of a file (with Ray: of anything).
 
     What is wrong with one input is never raised: it is an error of its row.
     """
@@ -168,18 +175,24 @@ def score(
         check_output(out)
     if engine not in ("local", "ray"):
         raise ValueError(f"engine is 'local' or 'ray', but {engine!r} came")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = _place()
     if engine == "ray" and (world > 1 or isinstance(inputs, Samples)):
         came = f"{world} processes (WORLD_SIZE is set)" if world > 1 else "samples in memory"
         raise ValueError(f"engine='ray' is for one process and files, but {came} came")
-    if world > 1 and device is None and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if world > 1 and device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     if isinstance(inputs, Samples):
         return _score_samples(inputs, Scorer(rewards, device), out, prompts, batch_size)
     if world > 1 and out is None:
         raise ValueError(
             f"{world} processes share this work (WORLD_SIZE is set): give an output, in which "
             "their rows come together"
+        )
+    if world > 1 and "MASTER_ADDR" not in os.environ:  # left over, or somebody's own launcher
+        warnings.warn(
+            f"RANK={rank} and WORLD_SIZE={world} are set: this process scores only its share, "
+            f"every {world}th shard. Unset both to score everything",
+            stacklevel=2,
         )
     paths = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     paths = [os.fspath(path) for path in paths]
@@ -199,13 +212,14 @@ def score(
         if scorer.needs_prompt:
             listed.require_prompts(f"reward {scorer.needs_prompt[0]!r}")
         request = _request(scorer, paths, prompts, data_column, prompt_column)
-        parts = Parts(out, request, rank)
+        parts = Parts(out, request, rank, world)
         try:
             if batch_size is None:
                 batch_size = parts.batch_size or machine.find_batch_size(scorer, listed.first(8))
             parts.remember(batch_size := min(batch_size, LARGEST_BATCH, shard_rows))
             run = _Run(listed, scorer, parts, batch_size, shard_rows, rank, world)
-            few = len(listed.first(_FEW + 1)) <= _FEW
+            # What was interrupted may have been so by a file that kills who decodes it.
+            few = not parts.resumed and len(listed.first(_FEW + 1)) <= _FEW
             started = time.monotonic()
             run.go(machine.scored(scorer, run.tasks(), few), progress)
             seconds = time.monotonic() - started
@@ -259,7 +273,7 @@ class _Run:
 
     def tasks(self) -> Iterator[_Task]:
         """Everything is listed; what is there, or not this process's, makes no task."""
-        done, seen = self.parts.done(), set()
+        done, seen = self.parts.start(), set()
         items, number = iter(self.listed), 0
         while chunk := list(islice(items, self.shard_rows)):
             keys = [item.key(self.scorer.context) for item in chunk]
@@ -317,6 +331,9 @@ class _Local:
         pass
 
     def find_batch_size(self, scorer: Scorer, items: Sequence[Item]) -> int:
+        if scorer.device.type == "cuda" and self.num_workers != 0:
+            deadly = _deadly(scorer.decoder(), items)
+            items = [item for n, item in enumerate(items) if n not in deadly]
         return scorer.find_batch_size(items)
 
     def scored(
@@ -340,18 +357,30 @@ class _Local:
                     num_workers=num_workers, worker_init_fn=_quiet_worker,
                     pin_memory=scorer.device.type == "cuda",
                 ))  # fmt: skip
-                try:
-                    while (decoded := next(loader, None)) is not None:
-                        task = given.popleft()
-                        yield task, scorer(task.items, decoded)
+                while (decoded := _next(loader)) is not None and not isinstance(decoded, _Death):
+                    task = given.popleft()
+                    yield task, scorer(task.items, decoded)
+                if decoded is None:
                     return
-                except RuntimeError as err:
-                    if "DataLoader worker" not in str(err):
-                        raise
-                    death = err.with_traceback(None)  # whose frames would keep the loader
                 del loader  # ends the other workers
-                again.extendleft(reversed(_without_deadly(decoder, given, death)))
+                again.extendleft(reversed(_without_deadly(decoder, given, decoded)))
                 given.clear()
+
+
+class _Death(RuntimeError):
+    """A process that decodes died."""
+
+
+def _next(loader: Iterator) -> Any:
+    """The next batch; None at the end; the death of a worker, with whom batches went."""
+    try:
+        return next(loader, None)
+    except RuntimeError as err:
+        if "DataLoader worker" not in str(err):
+            raise
+        return _Death(str(err))
+    except (EOFError, ConnectionError) as err:  # it died while its tensors were taken over
+        return _Death(f"{type(err).__name__}: a worker of the DataLoader is gone")
 
 
 def _without_deadly(decoder: Decoder, tasks: Sequence[_Task], death: Exception) -> list[_Task]:
@@ -378,7 +407,7 @@ def _without_deadly(decoder: Decoder, tasks: Sequence[_Task], death: Exception) 
 
 def _deadly(decoder: Decoder, items: Sequence[Item]) -> set[int]:
     """Numbers of the items that kill who decodes them, found by halving."""
-    process = multiprocessing.get_context().Process(target=decoder.__getitem__, args=(items,))
+    process = multiprocessing.get_context().Process(target=_decode_alone, args=(decoder, items))
     process.start()
     process.join()
     if process.exitcode == 0:
@@ -388,6 +417,13 @@ def _deadly(decoder: Decoder, items: Sequence[Item]) -> set[int]:
     half = len(items) // 2
     late = _deadly(decoder, items[half:])
     return _deadly(decoder, items[:half]) | {half + n for n in late}
+
+
+def _decode_alone(decoder: Decoder, items: Sequence[Item]) -> None:
+    """Decode as a worker does, for nobody."""
+    torch.set_num_threads(1)  # after a fork, more may wait for each other for ever
+    _quiet_worker(0)
+    decoder[items]
 
 
 @contextmanager
@@ -442,7 +478,7 @@ def _score_samples(
         started = time.monotonic()
         parts.list(items, keys)
         first = {key: n for n, key in reversed(list(enumerate(keys)))}
-        missing = sorted(first[key] for key in first.keys() - parts.done())
+        missing = sorted(first[key] for key in first.keys() - parts.start())
         for start in range(0, len(missing), batch_size):
             numbers = missing[start : start + batch_size]
             rows = scorer.score_samples(samples.take(numbers))
@@ -488,13 +524,17 @@ def _request(
     data_column: str | None,
     prompt_column: str | None,
 ) -> dict[str, Any]:
-    """Everything the rows depend on, apart from the inputs' contents."""
+    """Everything the rows depend on, apart from the inputs' contents (and hubs' newer versions)."""
 
     def describe(value: Any) -> str:
         info = getattr(value, "info", None)
         name = getattr(value, "__qualname__", type(value).__qualname__)
         return f"{getattr(value, '__module__', '')}.{name}" + ("" if info is None else f" {info}")
 
+    rewards = scorer.rewards.values()
+    towers = [getattr(getattr(reward, "tower", None), "key", None) for reward in rewards]
+    marks = {mark for reward in rewards for mark in weights_fingerprint(reward).values()}
+    marks |= {m for text in _texts([scorer.specs, towers]) for m in fingerprints(text).values()}
     packages = {}
     for name in ("torch", "torchvision", "pillow", "numpy", "open_clip_torch", "transformers"):
         try:
@@ -509,14 +549,48 @@ def _request(
         "prompts": prompts if prompts is None or isinstance(prompts, str) else list(prompts),
         "columns": [data_column, prompt_column],
         "device": scorer.device.type,
+        "weights": sorted(marks),
     }
     return json.loads(json.dumps(request, default=describe))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a spec that could be a path."""
+    if isinstance(value, str | os.PathLike):
+        yield from os.fspath(value).split(" + ")  # as `RewardInfo.weights` joins them
+    elif isinstance(value, Mapping):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+
+
+def _place() -> tuple[int, int]:
+    """Number of this process, and how many share the work: what launchers set.
+
+    Raises:
+        ValueError: half of it is set, or what is no such numbers.
+    """
+    given = {name: os.environ.get(name, "not set") for name in ("RANK", "WORLD_SIZE")}
+    try:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ.get("RANK", 0 if world == 1 else -1))
+    except ValueError:
+        rank, world = -1, 1
+    if not 0 <= rank < world:
+        came = " and ".join(f"{name} is {value}" for name, value in given.items())
+        raise ValueError(
+            f"{came}: launchers set both, with 0 <= RANK < WORLD_SIZE. Start with torchrun, or "
+            "unset both"
+        )
+    return rank, world
 
 
 def _workers(device: torch.device) -> int:
     """On a GPU, as many as keep it busy; on a CPU, the model needs the cores itself."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, max(1, (cores or 1) - 1)) if device.type == "cuda" else min(2, (cores or 1) // 2)
+    cores = cores or 1
+    return max(1, min(8, cores - 1) if device.type == "cuda" else min(2, cores // 2))
 
 
 def _same(decoded):

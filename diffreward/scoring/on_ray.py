@@ -4,12 +4,16 @@ Batches are those of the local engine and go through Ray Data as they are: on GP
 cluster decodes ahead of the actors; without GPUs, each actor decodes its own. The process that
 calls `score` lists the inputs (all of them before the first is scored), gathers the rows, in
 whatever order they come, and writes the shards; so an interrupted run goes on with either engine.
+
+A file that kills who decodes it is tried a few times, and then stops the run.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,11 +21,15 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from diffreward.scoring.decode import Decoder
-from diffreward.scoring.planner import Row, Scorer
+from diffreward.scoring.planner import CPU_BATCH, Row, Scorer
 from diffreward.scoring.readers import Item
 
 if TYPE_CHECKING:
     from diffreward.scoring.engine import _Task
+
+_RETRIES = 2  # after the death of an actor or a task, be it the machine's fault or a file's
+
+_WHOLE = {"batch_size": 1, "batch_format": "pyarrow"}
 
 
 class Cluster:
@@ -61,8 +69,15 @@ class Cluster:
 
     def find_batch_size(self, scorer: Scorer, items: Sequence[Item]) -> int:
         """`Scorer.find_batch_size`, on a machine that scores."""
-        find = self.ray.remote(**_needs(scorer))(Scorer.find_batch_size)
-        return self.ray.get(find.remote(scorer, [_sent(item) for item in items]))
+        find = self.ray.remote(**_needs(scorer), max_retries=0)(Scorer.find_batch_size)
+        try:
+            return self.ray.get(find.remote(scorer, [_sent(item) for item in items]))
+        except self._deaths as err:
+            warnings.warn(
+                f"whoever tried batch sizes died ({_first_line(err)}); {CPU_BATCH} is taken",
+                stacklevel=2,
+            )
+            return CPU_BATCH
 
     def scored(
         self, scorer: Scorer, tasks: Iterator[_Task], few: bool
@@ -76,19 +91,42 @@ class Cluster:
             return
         data = self.ray.data.from_arrow(tables)
         data.context.enable_progress_bars = False
-        whole = {"batch_size": 1, "batch_format": "pyarrow"}
         if scorer.device.type == "cuda":
-            data = data.map_batches(_decode, fn_args=(scorer.decoder(),), num_cpus=1, **whole)
+            data = data.map_batches(
+                _decode, fn_args=(scorer.decoder(),), num_cpus=1, **_WHOLE,
+                **self._limits("max_retries"),
+            )  # fmt: skip
         resource = "GPU" if scorer.device.type == "cuda" else "CPU"
         units = int(self.ray.cluster_resources().get(resource, 1))
         size = min(self.num_actors or max(1, units), len(kept))
         data = data.map_batches(
-            _Actor, fn_constructor_args=(scorer,), **_needs(scorer), **whole,
+            _Actor, fn_constructor_args=(scorer,), **_needs(scorer), **_WHOLE,
             compute=self.ray.data.ActorPoolStrategy(size=size),
+            **self._limits("max_restarts", "max_task_retries"),
         )  # fmt: skip
-        for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for n, rows in _unpack(table):
-                yield kept[n], rows
+        try:
+            for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for n, rows in _unpack(table):
+                    yield kept[n], rows
+        except self._deaths as err:
+            raise RuntimeError(
+                f"a process that decodes or scores died again and again ({_first_line(err)}). If a "
+                "file is at fault, the same call with engine='local' finds it, and goes on where "
+                "this one stopped"
+            ) from err
+
+    def _limits(self, *names: str) -> dict[str, int]:
+        """Ray Data tries again for ever otherwise; Ray 2.64 is to allow nothing else."""
+        options = inspect.signature(self.ray.data.Dataset.map_batches).parameters.values()
+        any_name = any(option.kind is option.VAR_KEYWORD for option in options)
+        known = names if any_name else {option.name for option in options} & {*names}
+        return dict.fromkeys(known, _RETRIES)
+
+    @property
+    def _deaths(self) -> tuple[type[Exception], ...]:
+        """What Ray raises when a process is gone."""
+        errors = self.ray.exceptions
+        return errors.RayActorError, errors.WorkerCrashedError, errors.OutOfMemoryError
 
 
 class _Actor:
@@ -114,6 +152,10 @@ def _decode(table: pa.Table, decoder: Decoder) -> pa.Table:
 def _needs(scorer: Scorer) -> dict[str, int]:
     """What one that scores takes up."""
     return {"num_gpus": 1} if scorer.device.type == "cuda" else {"num_cpus": 1}
+
+
+def _first_line(err: Exception) -> str:
+    return str(err).strip().partition("\n")[0]
 
 
 def _sent(item: Item) -> Item:

@@ -2,21 +2,23 @@
 
 A reward that names its ``preprocess`` and has ``score_prepared`` gets pixels which the workers
 have resized, so that images of all sizes share a batch; the others get the images themselves, in
-groups of equal size. All rewards of a batch see the same tensors inside
+groups of equal size. The members of a combination are scored as if they stood alone, and then
+combined. All rewards of a batch see the same tensors inside
 :func:`~diffreward.rewards.towers.share_towers`: a tower they share runs once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffreward.rewards import Reward, RewardSpec, evaluate, make_reward
-from diffreward.rewards.base import as_reward, find_reward
+from diffreward.rewards.base import Scores, as_reward, find_reward
 from diffreward.rewards.towers import share_towers
 from diffreward.samples import Samples
 from diffreward.scoring.decode import ALPHABETS, Decoded, Decoder, to_float
@@ -31,6 +33,9 @@ _FATAL = (ImportError, getattr(torch, "AcceleratorError", ImportError))
 Row = dict[str, Any]
 """Column -> number or text. Columns of reward i: ``"i"``, ``"i_std"``, ``"i.part"``; besides them
 ``"error"`` and ``"notes"``. What a row has no value for is left out."""
+
+Found = dict[str, float] | str
+"""What a reward says of a sample (``""``: the value, ``"_std"``, ``".part"``), or its error."""
 
 
 def label_rewards(rewards: RewardSpec | Sequence[RewardSpec] | Mapping) -> dict[str, RewardSpec]:
@@ -142,8 +147,9 @@ class Scorer:
 
     def decoder(self) -> Decoder:
         """What decodes for these rewards."""
-        keys = dict.fromkeys(r.preprocess for r in self.rewards.values() if _prepares(r))
-        raw = not all(_prepares(reward) for reward in self.rewards.values())
+        leaves = [leaf for reward in self.rewards.values() for leaf in _leaves(reward)]
+        keys = dict.fromkeys(leaf.preprocess for leaf in leaves if _prepares(leaf))
+        raw = not all(map(_prepares, leaves))
         return Decoder(self.modality, tuple(keys), raw)
 
     def __call__(self, items: Sequence[Item], decoded: Decoded | None = None) -> list[Row]:
@@ -166,14 +172,11 @@ class Scorer:
             for key, images in decoded.prepared.items()
         }
         raw = [(numbers, self._tensor(group)) for numbers, group in decoded.raw]
+        batch = _Batch(items, decoded.rows, prepared, raw)
         with torch.no_grad(), share_towers():
             for place, (label, reward) in enumerate(self.rewards.items()):
-                if _prepares(reward):
-                    groups, call = [(decoded.rows, prepared[reward.preprocess])], _prepared(reward)
-                else:
-                    groups, call = raw, reward
-                for numbers, data in groups:
-                    self._score(place, label, call, data, numbers, items, rows)
+                for n, found in self._score(reward, batch).items():
+                    _enter(rows[n], place, label, found)
         return rows
 
     def score_samples(self, samples: Samples) -> list[Row]:
@@ -207,34 +210,80 @@ class Scorer:
             fits = size
         return fits
 
-    # -- one reward, one group -----------------------------------------------------------------
+    # -- one reward, one batch -----------------------------------------------------------------
 
-    def _score(self, place, label, call, data, numbers, items, rows) -> None:
+    def _score(self, reward: Reward, batch: _Batch) -> dict[int, Found]:
+        """What a reward says of each row."""
+        if _combines(reward):
+            return self._combine(reward, batch)
+        if _prepares(reward):
+            groups = [(batch.rows, batch.prepared[reward.preprocess])]
+            reward = _prepared(reward)
+        else:
+            groups = batch.raw
+        return {
+            n: found
+            for numbers, data in groups
+            for n, found in self._score_group(reward, data, numbers, batch.items).items()
+        }
+
+    def _combine(self, reward: Reward, batch: _Batch) -> dict[int, Found]:
+        """The same of a combination, from what its members say."""
+        members = {name: self._score(member, batch) for name, member in reward.members.items()}
+        found, whole = {}, []
+        for n in batch.rows:
+            errors = [said[n] for said in members.values() if isinstance(said[n], str)]
+            if errors:
+                found[n] = "; ".join(dict.fromkeys(errors))
+            else:
+                whole.append(n)
+        if not whole:
+            return found
+        scores = {
+            name: _as_scores([said[n] for n in whole], self.device)
+            for name, said in members.items()
+        }
+
+        def combine(samples: Samples) -> Scores:
+            at = samples.data
+            return reward.combine({name: said.take(at) for name, said in scores.items()}, samples)
+
+        call = as_reward(combine, replace(reward.info, modality=None))
+        places = torch.arange(len(whole), device=self.device)
+        return found | self._score_group(call, places, whole, batch.items, "scores")
+
+    def _score_group(
+        self,
+        reward: Reward,
+        data: Any,
+        numbers: Sequence[int],
+        items: Sequence[Item],
+        modality: str | None = None,
+    ) -> dict[int, Found]:
         """Score those of a group that have what the reward needs, and say what others lack."""
-        info, keep = call.info, []
+        info, keep, found = reward.info, [], {}
         for at, n in enumerate(numbers):
             item = items[n]
             missing = [name for name in info.needs_context if item.extra.get(name) is None]
             if info.needs_prompt and item.prompt is None:
-                _fail(rows[n], label, "it needs a prompt, and there is none")
+                found[n] = "it needs a prompt, and there is none"
             elif missing:
-                _fail(rows[n], label, f"it needs {', '.join(missing)}, and there is none")
+                found[n] = f"it needs {', '.join(missing)}, and there is none"
             else:
                 keep.append(at)
         if not keep:
-            return
+            return found
         if len(keep) < len(numbers):
             data = data[keep] if isinstance(data, Tensor) else [data[at] for at in keep]
             numbers = [numbers[at] for at in keep]
         chosen = [items[n] for n in numbers]
         prompts = None if chosen[0].prompt is None else [item.prompt for item in chosen]
         context = {name: [item.extra[name] for item in chosen] for name in info.needs_context}
-        samples = Samples(data, self.modality, prompts, context)
-        for n, scores in zip(numbers, self._attempt(call, samples), strict=True):
-            _enter(rows[n], place, label, scores)
+        samples = Samples(data, modality or self.modality, prompts, context)
+        return found | dict(zip(numbers, self._attempt(reward, samples), strict=True))
 
-    def _attempt(self, call: Reward, samples: Samples) -> list[dict[str, float] | str]:
-        """The numbers of each sample (``""``: the value, ``"_std"``, ``".part"``), or its error.
+    def _attempt(self, call: Reward, samples: Samples) -> list[Found]:
+        """What a reward says of each sample.
 
         What fails as a batch is tried in halves, so that the samples at fault are found in a few
         calls and everybody else has a score.
@@ -270,6 +319,39 @@ class Scorer:
         return torch.from_numpy(group).to(self.device)
 
 
+@dataclass
+class _Batch:
+    """Items and what was decoded of them, on the device; see `Decoded`."""
+
+    items: Sequence[Item]
+    rows: list[int]
+    prepared: dict[Any, Tensor]
+    raw: list[tuple[list[int], Any]]
+
+
+def _combines(reward: Reward) -> bool:
+    return hasattr(reward, "members") and hasattr(reward, "combine")
+
+
+def _leaves(reward: Reward) -> Iterator[Reward]:
+    """The rewards that look at the samples themselves."""
+    if not _combines(reward):
+        yield reward
+        return
+    for member in reward.members.values():
+        yield from _leaves(member)
+
+
+def _as_scores(found: list[dict[str, float]], device: torch.device) -> Scores:
+    """Float32 numbers, as they were before they became Python's."""
+    columns = {
+        name: torch.tensor([numbers[name] for numbers in found], dtype=torch.float32, device=device)
+        for name in found[0]
+    }
+    value, std = columns.pop(""), columns.pop("_std", None)
+    return Scores(value, std, {name[1:]: column for name, column in columns.items()})
+
+
 def _prepares(reward: Reward) -> bool:
     return hasattr(reward, "preprocess") and hasattr(reward, "score_prepared")
 
@@ -279,7 +361,7 @@ def _prepared(reward: Reward) -> Reward:
     return as_reward(lambda s: reward.score_prepared(s.data, s.prompts), reward.info)
 
 
-def _enter(row: Row, place: int, label: str, scores: dict[str, float] | str) -> None:
+def _enter(row: Row, place: int, label: str, scores: Found) -> None:
     """Put one reward's numbers, or its error, into a row."""
     if isinstance(scores, str):
         _fail(row, label, scores)

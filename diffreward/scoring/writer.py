@@ -46,7 +46,7 @@ class Parts:
     Args:
         out: the output file; None: everything stays in memory.
         request: what the rows depend on, as JSON values.
-        rank: of this process among those that share the work.
+        rank, world: number of this process among those that share the work, and how many they are.
 
     Raises:
         ValueError: another format than `FORMATS`.
@@ -55,22 +55,26 @@ class Parts:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, out: Path | None, request: dict[str, Any], rank: int = 0) -> None:
+    def __init__(
+        self, out: Path | None, request: dict[str, Any], rank: int = 0, world: int = 1
+    ) -> None:
         self.out, self.request = out, json.loads(json.dumps(request))
+        self.rank, self.world = rank, world
+        self.resumed = False  # whether somebody began this before
         self.folder = None if out is None else out.with_name(out.name + ".parts")
         self.batch_size: int | None = None
         self._memory: list[pa.Table] = []
         self._kinds: dict[str, str | None] = {}
         if out is not None:
-            self._open(rank)
+            self._open()
         self._spool = tempfile.TemporaryFile(dir=self.folder)
         self._listing = pa.ipc.new_stream(self._spool, _LISTED)
 
-    def _open(self, rank: int) -> None:
+    def _open(self) -> None:
         check_output(self.out)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / f"rank-{rank}.lock", os.O_RDWR | os.O_CREAT)
+            self._lock = os.open(self.folder / f"rank-{self.rank}.lock", os.O_RDWR | os.O_CREAT)
         except OSError as err:
             raise type(err)(
                 f"{self.folder} cannot be written ({err.strerror}); choose another output"
@@ -80,10 +84,14 @@ class Parts:
                 f"another process is scoring into {self.out} already; wait for it, or choose "
                 "another output"
             )
+        if self.out.exists() and not self._shards():  # others have just finished it
+            self.tidy()
+            raise FileExistsError(_exists(self.out))
         file = self.folder / "request.json"
         if not file.exists():
             self.remember(None)
             return
+        self.resumed = True
         stored = json.loads(file.read_text(encoding="utf-8"))
         self.batch_size = stored.pop("batch_size")
         differing = [k for k in {**stored, **self.request} if stored.get(k) != self.request.get(k)]
@@ -95,6 +103,7 @@ class Parts:
                 f"{', '.join(differing)} differ). Run that one again to finish it, choose another "
                 "output, or remove the folder"
             )
+        self._mark(self.rank).unlink(missing_ok=True)  # of the earlier run
 
     def remember(self, batch_size: int | None) -> None:
         """Keep the batch size, so that a run that goes on computes the very same numbers."""
@@ -121,9 +130,12 @@ class Parts:
         arrays = [pa.array(columns[field.name], field.type) for field in _LISTED]
         self._listing.write_batch(pa.record_batch(arrays, schema=_LISTED))
 
-    def done(self) -> set[bytes]:
-        """Keys of the rows that are there."""
-        return {key for table in self._tables(["key"]) for key in table["key"].to_pylist()}
+    def start(self) -> set[bytes]:
+        """Keys of the rows that are there; without this of every process, nobody finishes."""
+        done = {key for table in self._tables(["key"]) for key in table["key"].to_pylist()}
+        if self.folder is not None:
+            self._mark(self.rank).touch()
+        return done
 
     def add(self, keys: Sequence[bytes], rows: Sequence[Row]) -> None:
         """Keep some rows; on return they are on the disk."""
@@ -142,12 +154,15 @@ class Parts:
         write_atomic(self.folder / f"{name}.parquet", lambda p: pq.write_table(table, p))
 
     def finish(self, labels: Sequence[str]) -> pa.Table | None:
-        """The result, written to the output; None if rows are missing which others work on.
+        """The result, written to the output; None if others are still at work.
 
         Args:
             labels: column name of each reward.
         """
         self._listing.close()
+        # Whoever starts later must find the shards: he would take the output for somebody else's.
+        if self.folder and not all(self._mark(rank).exists() for rank in range(self.world)):
+            return None
         try:
             results = pa.concat_tables(self._tables(), promote_options="default")
         except FileNotFoundError:  # the one who finished first is tidying up
@@ -183,6 +198,10 @@ class Parts:
         if self.folder is not None:
             os.close(self._lock)
 
+    def _mark(self, rank: int) -> Path:
+        """It is there as soon as that process has read what is done."""
+        return self.folder / f"rank-{rank}.started"
+
     def _shards(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9a-f]*.parquet"))  # not the hidden, unfinished ones
 
@@ -217,10 +236,11 @@ def check_output(out: Path) -> None:
     if out.suffix not in FORMATS:
         raise ValueError(f"the output is {', '.join(FORMATS)}, but {out.name} came")
     if out.exists() and not out.with_name(out.name + ".parts").exists():
-        raise FileExistsError(
-            f"{out} exists, and results are never overwritten: choose another output, or move it "
-            "away"
-        )
+        raise FileExistsError(_exists(out))
+
+
+def _exists(out: Path) -> str:
+    return f"{out} exists; results are never overwritten: choose another output, or move it away"
 
 
 def _lock(descriptor: int) -> bool:
@@ -242,7 +262,7 @@ def _only_one(path: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield _lock(descriptor)
+        yield _lock(descriptor) and path.exists()  # it is gone if another one was in here
     finally:
         os.close(descriptor)
 

@@ -18,7 +18,6 @@ from torch.testing import assert_close
 from diffreward.algorithms import make_algorithm
 from diffreward.algorithms.prdp import PRDP, from_mean_convention
 from diffreward.algorithms.reinforce import REINFORCE
-from diffreward.policy import path_log_prob
 from diffreward.rewards import Scores
 
 W, BETA = 0.7, 0.5
@@ -452,23 +451,10 @@ def test_diagnostics():
         "clip_fraction": 2 / 8,
         "log_ratio_mean": 1.45 / 8,
         "log_ratio_max": 1.0,
-        "trajectory_kl": 1.45 / 4,
         "residual": math.sqrt(0.45**2 / 2),  # errors 1 - 1 and 0.45 - 0
         "correlation": 1.0 / math.hypot(1.0, 0.45),
     }
     assert numbers == pytest.approx(expected)
-
-
-def test_trajectory_kl_is_the_kl():
-    chain = LinearChain((0.9, 0.6), (0.1, 0.3), (0.5, 0.4))
-    reference = chain.reference()
-    chain.shift.data = torch.tensor([0.3, -0.2], dtype=torch.float64)
-    trajectory, groups = quadrature(chain, 1)
-    now, ref = (path_log_prob(c, trajectory).detach() for c in (chain, reference))
-    scores = Scores(trajectory.final[:, 0])
-    numbers = PRDP().diagnostics(now, now, ref, scores, groups)
-    expected = (chain.shift**2 / (2 * chain.sigma**2)).sum().item()
-    assert numbers["trajectory_kl"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

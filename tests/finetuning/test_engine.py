@@ -223,8 +223,8 @@ def test_prdp_reaches_the_optimum_in_closed_form(shared):
         chain, lambda s: w * s.data[:, 0],
         {"name": "prdp", "beta": beta, "standardize": False, "shared_noise": shared, "passes": 1},
         ["0", "0.5"], prompts_per_update=2, samples_per_prompt=64, iterations=150,
-        method="full", learning_rate=0.05, schedule="linear", weight_decay=0.0, evaluate_every=0, eval_samples=256,
-        loggers=[], progress=False,
+        method="full", learning_rate=0.05, schedule="linear", weight_decay=0.0, evaluate_every=0,
+        eval_samples=256, loggers=[], progress=False,
     )  # fmt: skip
     shift, expected = chain.shift.detach(), chain.optimum(w, beta)
     tolerance = 3e-3 if shared else 0.06  # no noise is left at the optimum, or some

@@ -19,6 +19,7 @@ from diffreward.rewards import (
     available_rewards,
     base,
     evaluate,
+    judge_prompts,
     make_reward,
     register_reward,
     require_gradient,
@@ -603,3 +604,10 @@ def test_check_reward_catches(images, reward, info, says):
 def test_check_reward_catches_what_is_remembered_from_inference_mode(images):
     with pytest.raises((AssertionError, RuntimeError), match=r"[Ii]nference"):
         check_reward(as_reward(_remembers_inference_tensors(), INFO), images)
+
+
+def test_judge_prompts():
+    like = Samples(torch.ones(1, 3, 64, 64), "image", [""])
+    can, problem = judge_prompts(make_reward("shapes_checker"), ["a red heart", "a cat"], like)
+    assert can == [True, False] and "a cat" in problem
+    assert judge_prompts(make_reward("colorfulness"), ["a cat"], like) == ([True], "")

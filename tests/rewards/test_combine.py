@@ -20,9 +20,10 @@ from diffreward.rewards import (
     make_reward,
     register_reward,
 )
-from diffreward.rewards.combine import Aggregate, distinct, fit, fit_reference
+from diffreward.rewards.combine import Aggregate, distinct
 from diffreward.rewards.testing import check_reward
 from diffreward.rewards.towers import Preprocess, Tower
+from diffreward.rewards.transforms import fit, fit_reference
 from diffreward.samples import Samples
 
 INF = math.inf
@@ -682,10 +683,33 @@ def spec_of(name):
     return {name: options[name]}
 
 
+@pytest.mark.parametrize("by_prompt", [False, True])
+def test_members_scored_elsewhere_are_combined_as_in_a_call(images, by_prompt):
+    rewards = [make_reward(spec_of(base._TABLE[key].info.name)) for key in COMBINATORS]
+    a, b = given(A, [0.1, 0.2, 0.3, 0.4], "a"), given(B, name="b")
+    rewards.append(make_reward({"uncertain": {"reward": [a, b]}}))
+    rewards.append(make_reward({"weighted_sum": [b, {"par": {"reward": a, "references": 1}}]}))
+    if by_prompt:
+        references = {prompt: len(prompt) / 10 for prompt in PROMPTS}
+        rewards = [make_reward({"log_sigmoid": {"reward": a, "reference": references}})]
+    for reward in rewards:
+        with torch.no_grad():
+            truth = evaluate(reward, images)
+            scores = {name: evaluate(member, images) for name, member in reward.members.items()}
+            backwards = dict(reversed(scores.items()))
+            # of the samples, only the prompts matter
+            found = reward.combine(backwards, Samples(torch.arange(4), "scores", PROMPTS))
+        assert torch.equal(found.value, truth.value), reward.info.name
+        assert list(found.parts) == list(truth.parts)
+        assert all(torch.equal(found.parts[name], truth.parts[name]) for name in truth.parts)
+        assert (found.std is None) == (truth.std is None)
+        assert found.std is None or torch.equal(found.std, truth.std)
+
+
 COMBINATORS = [
     name
     for name, entry in base._TABLE.items()
-    if entry.factory.__module__ == "diffreward.rewards.combine"
+    if entry.factory.__module__ in ("diffreward.rewards.combine", "diffreward.rewards.transforms")
 ]
 
 

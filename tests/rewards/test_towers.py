@@ -28,7 +28,6 @@ from diffreward.rewards.towers import (
     load_tower,
     load_transformers,
     share_towers,
-    weights_file,
 )
 
 PROMPTS = ["a red heart", "two stars", "", "a"]
@@ -241,16 +240,6 @@ def test_preprocessing_that_cannot_be_reproduced_is_refused(folders, tmp_path, s
     transformers.CLIPImageProcessor(**settings).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is not one of those known here"):
         load_tower(f"transformers:{tmp_path}")
-
-
-def test_weights_file_is_a_path_or_on_the_hub(tmp_path):
-    (tmp_path / "head.pth").touch()
-    assert weights_file(str(tmp_path / "head.pth")) == str(tmp_path / "head.pth")
-    for missing in [str(tmp_path / "no.pth"), "no.pth", "./a/b/no.pth", "a/no.pth"]:
-        with pytest.raises(FileNotFoundError, match="there is no file"):
-            weights_file(missing)
-    with pytest.raises(FileNotFoundError, match="fetch it yourself"):
-        weights_file("nobody/nothing/no.pth")  # tests are offline
 
 
 # --------------------------------------------------------------------------------------------

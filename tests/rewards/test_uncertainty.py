@@ -177,6 +177,16 @@ def test_a_reward_that_augmentations_leave_alone_is_certain(images):
     close(scores.std, np.zeros(4), atol=1e-7)
 
 
+@pytest.mark.parametrize("names", [["flip"], ["flip", "crop", "darker"]])
+def test_the_range_of_a_lower_bound_depends_on_how_many_opinions_there_are(names):
+    unit = as_reward(lambda s: s.data.mean(dim=(1, 2, 3)), RewardInfo("unit", range=(0, 1)))
+    reward = make_reward(
+        {"uncertain": {"reward": unit, "source": "tta", "augmentations": names, "aggregate": "lcb"}}
+    )
+    k = 1 + len(names)  # half of them 0, half 1: mean 1/2, unbiased std sqrt(k / (k - 1)) / 2
+    assert reward.info.range == pytest.approx((-((k / (k - 1)) ** 0.5) / 2, 1))
+
+
 def test_tta_is_for_images():
     words = as_reward(lambda s: torch.zeros(len(s)), RewardInfo("words", "text"))
     with pytest.raises(ValueError, match="tta changes images, but 'words' scores text"):

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from picture_files import BROKEN, picture, pixels
+from picture_files import BROKEN, picture, pixels, png_header
 from PIL import Image, ImageCms
 
 from diffreward.rewards.towers import Preprocess
@@ -75,10 +75,10 @@ def test_transparency_is_laid_on_white():
 
 
 def test_16_bits():
-    grey = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
+    grey = Image.fromarray(np.array([[0, 257 * 100, 257 * 200, 65535]], dtype=np.uint16))
     for kind in ("PNG", "TIFF"):
         found, notes = decode_image(saved(grey, kind))
-        assert notes == ["16-bit"] and found[0, :, 1].tolist() == [0, 100, 255]
+        assert notes == ["16-bit"] and found[0, :, 1].tolist() == [0, 100, 200, 255]
 
 
 def test_16_bits_of_each_colour():
@@ -133,7 +133,13 @@ def test_broken_files_are_errors_in_steady_words(kind, tmp_path):
     item = Item(str(path), str(path))
     first, second = (Decoder("image", (resize,))[[item]] for _ in range(2))
     assert first.rows == [] and first.errors == second.errors
+    assert kind != "a strip" or "too long and narrow" in first.errors[0]
     assert first.errors[0] and "0x" not in first.errors[0] and "\n" not in first.errors[0]
+
+
+def test_what_pil_only_warns_of_is_refused():
+    with pytest.raises(Image.DecompressionBombWarning, match="108000000 pixels"):
+        decode_image(io.BytesIO(png_header(12_000, 9_000)))
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
@@ -141,6 +147,13 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
     os.mkfifo(tmp_path / "p.png")
     assert Decoder("image")[[Item("p", str(tmp_path / "p.png"))]].errors == {0: "not a file"}
+
+
+def test_what_could_not_be_listed_is_not_decoded(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    items = [Item("a", str(tmp_path / "a.png"), error="its prompt is lost"), Item("b", error="b")]
+    found = Decoder("image")[items]
+    assert found.rows == [] and found.errors == {0: "its prompt is lost", 1: "b"}
 
 
 def test_errors_do_not_disturb_the_others(tmp_path):
@@ -157,6 +170,15 @@ def test_errors_do_not_disturb_the_others(tmp_path):
         [resize(to_float(pixels(n, height=24 + 8 * (n == 1))[None])) for n in range(3)]
     )
     torch.testing.assert_close(found.prepared[resize], alone, rtol=0, atol=0)
+
+
+def test_images_of_one_height_and_other_widths_are_apart(tmp_path):
+    for n, width in enumerate([32, 40, 32]):
+        picture(n, width=width).save(tmp_path / f"{n}.png")
+    found = Decoder("image")[list(Inputs([tmp_path]))]
+    assert [(rows, group.shape) for rows, group in found.raw] == [
+        ([0, 2], (2, 24, 32, 3)), ([1], (1, 24, 40, 3)),
+    ]  # fmt: skip
 
 
 def test_half_of_a_tar_member(tmp_path):

@@ -13,8 +13,35 @@ from picture_files import folder_of
 from diffreward.rewards import RewardInfo
 from diffreward.rewards.towers import Preprocess
 from diffreward.samples import Samples
-from diffreward.scoring import Inputs, Scorer, on_ray, score
+from diffreward.scoring import Inputs, Scorer, engine, on_ray, score
+from diffreward.scoring.decode import Decoder
 from diffreward.scoring.writer import Parts
+
+
+class Deadly(Decoder):
+    """Dies of one file, as a decoder in C may."""
+
+    def _read(self, item):
+        if item.file.endswith("00003.png"):
+            with open(os.path.join(os.path.dirname(item.file), "..", "..", "deaths"), "a") as file:
+                file.write(".")
+            os._exit(11)
+        return super()._read(item)
+
+
+class Brittle(Scorer):
+    """Decodes with `Deadly`."""
+
+    def decoder(self):
+        made = super().decoder()
+        return Deadly(made.modality, made.preprocess, made.raw)
+
+
+class Suicidal(Scorer):
+    """Arrives nowhere alive."""
+
+    def __setstate__(self, state):
+        os._exit(11)
 
 
 class Prepared:
@@ -127,6 +154,40 @@ def test_what_is_no_samples_fault_stops_the_run(here, ray):
         score("f", Prepared(lambda images: __import__("no_such_module")), engine="ray", **OPTIONS)
 
 
+@pytest.mark.slow
+def test_a_deadly_file_stops_the_run_and_the_local_engine_goes_on(here, ray, monkeypatch):
+    folder_of(here / "f", 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "Scorer", Brittle)
+        with pytest.raises(RuntimeError, match=r"died again and again .* engine='local' finds it"):
+            score("f", Prepared(), out="o.parquet", engine="ray", num_actors=1, **OPTIONS)
+        assert 1 <= os.path.getsize("deaths") <= 3
+        found = score("f", Prepared(), out="o.parquet", num_workers=1, **OPTIONS)
+    ((name, error),) = found.errors
+    assert name.endswith("00003.png") and "kills the process" in error and len(found) == 12
+
+
+@pytest.mark.slow
+def test_tasks_that_die_are_not_tried_for_ever(here, ray, monkeypatch):
+    """Decoding as it is where there are GPUs."""
+    folder_of(here / "f", 4)
+    task = engine._Task([*Inputs(["f"])], [bytes(16)] * 4, 0, 0, 1)
+    scorer = Brittle(Prepared())
+    cluster = on_ray.Cluster(1)
+    monkeypatch.setattr(on_ray, "_needs", lambda scorer: {"num_cpus": 1})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1})
+    scorer.device = torch.device("cuda")
+    with pytest.raises(RuntimeError, match=r"died again and again .* engine='local' finds it"):
+        list(cluster.scored(scorer, iter([task]), False))
+    assert os.path.getsize("deaths") <= 3
+
+
+@pytest.mark.slow
+def test_a_batch_size_is_taken_where_the_search_for_it_dies(here, ray):
+    with on_ray.Cluster(1) as cluster, pytest.warns(UserWarning, match="32 is taken"):
+        assert cluster.find_batch_size(Suicidal(Prepared()), []) == 32
+
+
 def test_ray_is_asked_for_by_name(here, monkeypatch):
     folder_of(here / "f", 2)
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -140,5 +201,6 @@ def test_refused(here, monkeypatch):
     with pytest.raises(ValueError, match="num_actors must be at least 1, but 0 came"):
         score("f", "colorfulness", engine="ray", num_actors=0)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="but 2 processes"):
         score("f", "colorfulness", engine="ray")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -78,6 +79,13 @@ def test_prompts_beside_images(here):
     assert [item.prompt for item in Inputs(["f"])] == ["ein Käse ☕", None]
 
 
+def test_a_prompt_that_cannot_be_read_is_an_error_and_not_no_prompt(here):
+    touch("f/a.png", "f/b.png")
+    os.mkdir("f/a.txt")
+    first, second = Inputs(["f"])
+    assert first.error.startswith("its prompt cannot be read") and second.error is None
+
+
 def test_a_folder_streams(here, monkeypatch):
     """Of a large folder, names are listed, but files are looked at one by one."""
     touch(*(f"f/{n:04d}.png" for n in range(300)))
@@ -112,9 +120,16 @@ def test_the_same_path_twice_is_two_rows_of_one_key(here):
 def test_a_changed_file_is_another_input(here):
     touch("a.png")
     (before,) = Inputs(["a.png"])
-    os.utime("a.png", (1, 1))
-    (after,) = Inputs(["a.png"])
-    assert before.key() != after.key()
+    keys = {before.key()}
+    second = 10**9
+    for stamp in (second, second + 1000):
+        os.utime("a.png", ns=(stamp, stamp))
+        keys |= {item.key() for item in Inputs(["a.png"])}
+    with open("a.png", "ab") as file:
+        file.write(b"x")
+    os.utime("a.png", ns=(stamp, stamp))
+    keys |= {item.key() for item in Inputs(["a.png"])}
+    assert len(keys) == 4
 
 
 def test_prompt_and_context_are_part_of_the_key(here):
@@ -209,6 +224,16 @@ def test_images_inside_tables(here, kind):
     assert items[1].id == ("d.parquet:2" if kind == "parquet" else "d:2")
 
 
+def test_no_row_of_a_long_dataset_is_left_out(here):
+    os.makedirs("d")
+    table = pa.table({"image": [f"{n}.png" for n in range(200)]})
+    with pa.ipc.new_stream("d/data.arrow", table.schema) as file:
+        file.write_table(table)
+    with open("d/state.json", "w") as file:
+        json.dump({"_data_files": [{"filename": "data.arrow"}]}, file)
+    assert ids("d") == [f"d/{n}.png" for n in range(200)]
+
+
 def test_datasets_as_the_library_writes_them(here):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "prompt": datasets.Value("string")})
@@ -251,6 +276,9 @@ def test_webdataset(here, end):
                 file.seek(item.span[0])
                 data = file.read(item.span[1])
         assert data == png(3)
+    assert len({item.key() for item in items}) == 3
+    unprompted = {replace(item, prompt=None).key() for item in items}
+    assert len(unprompted) == (3 if end == ".tar" else 1)  # places in a file, or the same bytes
 
 
 @pytest.mark.parametrize("end", [".tar", ".tar.gz"])

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from picture_files import folder_of, picture, pixels
+from tiny_towers import save_open_clip
 
 from diffreward.rewards import RewardInfo, Scores, evaluate, make_reward
 from diffreward.rewards.towers import Preprocess, share_towers
@@ -66,7 +67,7 @@ def computed() -> int:
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -189,6 +190,30 @@ def test_manifest_columns_are_kept_and_given_as_context(here):
     assert [row["input.error"] for row in rows] == ["theirs", None, None]
 
 
+def test_numbers_too_large_for_a_column_become_texts(here):
+    picture(0).save("0.png")
+    Path("m.jsonl").write_text(
+        f'{{"path": "0.png", "seed": {2**70}}}\n{{"path": "0.png", "seed": 1}}'
+    )
+    found = score("m.jsonl", Brightness(), out="o.parquet")
+    assert found.table["seed"].to_pylist() == [str(2**70), "1"]
+
+
+def test_what_lacks_context_does_not_move_the_others(here):
+    for n in range(5):
+        picture(n).save(f"{n}.png")
+    rows = [{"path": f"{n}.png", "target": None if n in (0, 3) else n} for n in range(5)]
+    Path("m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def plus(samples):
+        return samples.data.mean(dim=(1, 2, 3)) + torch.tensor(samples.context["target"])
+
+    plus.info = RewardInfo("plus", modality="image", needs_context=("target",))
+    found = score("m.jsonl", plus)["plus"]
+    truth = [np.nan if n in (0, 3) else pixels(n).mean() / 255 + n for n in range(5)]
+    np.testing.assert_allclose(found, truth, atol=1e-6)
+
+
 def test_sequences_and_texts(here):
     Path("s.fasta").write_text(">a\nGGCC\n>b\nATAT\n>c\nANA\n>d\nGAT\n")
 
@@ -305,6 +330,88 @@ def test_one_tower_runs_once_for_two_rewards(here):
     assert len(calls) == 1 and np.array_equal(found["one"], found["two"])
 
 
+MIXED = {
+    "weighted_sum": [
+        {"reward": "clip_score", "weight": 2.0},
+        {"standardize": {"reward": {"product": [
+            {"par": {"reward": "clip_judge", "references": {"a red heart": 0.5, "a blue ring": 0}}},
+            {"clip_range": {"reward": "colorfulness", "low": 1}},
+        ]}, "mean": 0.1, "std": 3.0}},
+        {"uncertain": {"reward": ["sharpness", "contrast", "jpeg_compressibility"]}},
+        {"uncertain": {"reward": "saturation", "source": "tta"}},
+    ]
+}  # fmt: skip
+
+
+def test_a_combination_scores_as_if_it_were_called(here):
+    images = np.stack([pixels(seed) for seed in range(6)])
+    for seed in range(6):
+        picture(seed).save(here / f"{seed}.png")
+    prompts = ["a red heart", "a blue ring"] * 3
+    found = score(".", {"all": MIXED, "alone": "clip_judge"}, prompts=prompts, batch_size=6)
+    assert not found.errors
+    truth = evaluate(make_reward(MIXED), Samples(to_float(images), "image", prompts))
+    assert np.array_equal(found["all"], truth.value.numpy())
+    assert np.array_equal(found["all_std"], truth.std.numpy())
+    parts = {name for name in found.table.column_names if name.startswith("all.")}
+    assert parts == {f"all.{part}" for part in truth.parts}
+    for part, value in truth.parts.items():
+        assert np.array_equal(found[f"all.{part}"], value.numpy()), part
+
+
+def test_members_of_a_combination_are_prepared_and_encoded_with_the_others(here):
+    folder_of(here / "f", 5)
+    alone, member = Prepared("alone"), Prepared("member")
+    both = {"weighted_sum": [member, {"clip_range": {"reward": member, "high": 1}}]}
+    assert not Scorer({"a": alone, "b": both}).decoder().raw
+    found = score("f", {"alone": alone, "both": both}, batch_size=3)
+    assert [len(tensor) for tensor in alone.seen] == [3, 2]
+    a, b = alone.seen
+    assert [id(tensor) for tensor in member.seen] == [id(t) for t in (a, a, b, b)]
+    assert np.array_equal(found["both"], 2 * found["alone"])
+    assert Scorer({"a": alone, "c": {"weighted_sum": [member, "colorfulness"]}}).decoder().raw
+
+
+def test_one_tower_runs_once_for_a_reward_and_a_combination_with_it(here):
+    folder_of(here / "f", 4)
+    one = make_reward("clip_score")
+    half = {"weighted_sum": [{"reward": one, "weight": 0.5}, {"reward": one, "weight": 0.25}]}
+    calls = []
+    handle = one.tower.network.visual.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        found = score("f", {"one": one, "part": half}, prompts="a red heart")
+    finally:
+        handle.remove()
+    assert len(calls) == 1
+    assert np.array_equal(found["part"], np.float32(0.5) * found["one"] + found["one"] / 4)
+
+
+def test_a_member_that_fails_on_one_sample_costs_that_sample(here):
+    folder_of(here / "f", 9)
+    dark = pixels(4).mean() / 255
+
+    def fail(samples):
+        if ((samples.data.mean(dim=(1, 2, 3)) - dark).abs() < 1e-6).any():
+            raise RuntimeError("too dark")
+
+    spec = {"weighted_sum": [{"clip_range": {"reward": Brightness(fail), "low": 0}}, "contrast"]}
+    found = score("f", {"sum": spec, "contrast": "contrast"}, batch_size=9)
+    ((name, error),) = found.errors
+    assert name.endswith("00004.png") and error == "sum: too dark"
+    assert np.isnan(found["sum"]).sum() == 1 and not np.isnan(found["contrast"]).any()
+
+
+def test_a_combination_that_fails_on_one_sample_costs_that_sample(here):
+    folder_of(here / "f", 6)
+    prompts = ["a cat"] * 3 + ["a dog"] + ["a cat"] * 2
+    spec = {"log_sigmoid": {"reward": "contrast", "reference": {"a cat": 0.1}}}
+    found = score("f", {"judged": spec}, prompts=prompts, batch_size=6)
+    ((name, error),) = found.errors
+    assert name == found.table["id"][3].as_py()
+    assert "judged: log_sigmoid has no reference for the prompt of sample 0" in error
+    assert np.isnan(found["judged"]).sum() == 1
+
+
 def test_raw_pixels_are_decoded_only_if_somebody_wants_them():
     assert not Scorer([Prepared()]).decoder().raw
     assert Scorer([Prepared(), "colorfulness"]).decoder().raw
@@ -335,6 +442,36 @@ def test_nan_is_an_error_and_never_zero(here):
     found = score("f", {"odd": lambda s: torch.tensor([float("nan")] * len(s))}, batch_size=2)
     assert found.table["odd"].null_count == 3
     assert all("odd: reward" in error and "nan" in error for _, error in found.errors)
+
+
+def test_a_reward_sees_prompts_of_all_samples_or_none(here):
+    for n in range(4):
+        picture(n).save(f"{n}.png")
+    Path("m.csv").write_text("path,prompt\n0.png,a\n1.png,\n2.png,c\n3.png,\n")
+    seen = []
+
+    def watch(samples):
+        seen.append(samples.prompts)
+        return samples.data.mean(dim=(1, 2, 3))
+
+    found = score("m.csv", {"mean": watch})
+    assert seen == [["a", "c"], None]
+    truth = [pixels(n).mean() / 255 for n in range(4)]
+    np.testing.assert_allclose(found["mean"], truth, atol=1e-6)
+
+
+def test_a_part_that_does_not_apply_is_null_and_no_error(here):
+    for n in range(4):
+        picture(n).save(f"{n}.png")
+
+    def half(samples):
+        value = samples.data.mean(dim=(1, 2, 3))
+        part = torch.where(torch.arange(len(value)) % 2 == 0, value, torch.nan)
+        return Scores(value, parts={"even": part})
+
+    found = score("*.png", {"half": half})
+    assert found.errors == []
+    assert found.table["half.even"].is_valid().to_pylist() == [True, False, True, False]
 
 
 def test_memory_is_found_by_halving(here):
@@ -392,6 +529,38 @@ def test_a_file_that_kills_its_decoder_is_a_row(here, monkeypatch):
     expected = healthy["prepared"].copy()
     expected[deadly] = np.nan
     np.testing.assert_allclose(found["prepared"], expected, atol=1e-6)
+
+
+def test_a_deadly_file_costs_one_run_of_a_few_files_and_not_the_next(here, monkeypatch):
+    folder_of(here / "f", 8)
+    monkeypatch.setattr(planner, "Decoder", Deadly)
+    child = FORK.Process(target=score, args=("f", Prepared()), kwargs={"out": "o.parquet"})
+    child.start()
+    child.join()
+    assert child.exitcode == 11  # so few are decoded without workers
+    found = score("f", Prepared(), out="o.parquet")
+    ((name, error),) = found.errors
+    assert name.endswith("00003.png") and "kills the process" in error and len(found) == 8
+
+
+def test_a_deadly_file_does_not_end_the_search_for_a_batch_size(here):
+    class OnGpu(Scorer):
+        def decoder(self):
+            return Deadly("image")
+
+        def find_batch_size(self, items):
+            tried.append([Path(item.file).name for item in items])
+            return 1
+
+    folder_of(here / "f", 6)
+    items = engine.Inputs(["f"]).first(8)
+    names = [Path(item.file).name for item in items]
+    scorer, tried = OnGpu("colorfulness"), []
+    scorer.device = torch.device("cuda")
+    for num_workers in (None, 2, 0):
+        engine._Local(num_workers).find_batch_size(scorer, items)
+    safe = [name for name in names if name != "00003.png"]
+    assert len(safe) == 5 and tried == [safe, safe, names]  # no process, no safety
 
 
 class Unlucky(Decoder):
@@ -489,7 +658,7 @@ def torture(here, count, broken, shard_rows, batch_size, pause):
 
 
 def test_three_kills_change_nothing(here):
-    torture(here, 300, 24, shard_rows=16, batch_size=8, pause=0.01)
+    torture(here, 300, 24, shard_rows=16, batch_size=8, pause=0.03)  # time enough to be killed
 
 
 def test_three_kills_change_nothing_in_ten_thousand_files(here):
@@ -532,7 +701,8 @@ def interrupted(here, **options):
     folder_of(here / "f", 20)
     there = lambda: list(Path("o.parquet.parts").glob("[0-9a-f]*.parquet"))  # noqa: E731
     reward = Brightness(pause=0.1)
-    assert run_until(there, "f", reward, out="o.parquet", shard_rows=4, batch_size=4, **options)
+    options = {"shard_rows": 4, "batch_size": 4} | options
+    assert run_until(there, "f", reward, out="o.parquet", **options)
 
 
 def test_new_files_join_an_interrupted_run(here):
@@ -543,6 +713,14 @@ def test_new_files_join_an_interrupted_run(here):
     assert len(found) == 21 and found.computed == 21 - kept and found.errors == []
 
 
+def test_an_interrupted_run_goes_on_with_its_batch_size(here):
+    interrupted(here, batch_size=3)
+    found = score("f", Brightness(pause=0.1), out="o.parquet", shard_rows=4)
+    assert found.batch_size == 3 and len(found) == 20
+    assert score("f", Brightness(), shard_rows=40).batch_size == 32
+    assert score("f", Brightness(), shard_rows=10).batch_size == 10
+
+
 def test_another_request_is_refused_and_nothing_is_lost(here):
     interrupted(here)
     before = sorted(os.listdir("o.parquet.parts"))
@@ -550,7 +728,49 @@ def test_another_request_is_refused_and_nothing_is_lost(here):
         score("f", "colorfulness", out="o.parquet")
     with pytest.raises(FileExistsError, match="its inputs differ"):
         score("f/part-0", Brightness(), out="o.parquet")
+    with pytest.raises(FileExistsError, match="its prompts differ"):
+        score("f", Brightness(), out="o.parquet", prompts="x")
+    with pytest.raises(FileExistsError, match="its columns differ"):
+        score("f", Brightness(), out="o.parquet", prompt_column="x")
     assert sorted(os.listdir("o.parquet.parts")) == before
+
+
+def test_other_weights_under_the_same_path_are_another_request(here):
+    folder_of(here / "f", 20)
+    save_open_clip(here / "model")
+    spec = {"clip_score": {"model": f"local-dir:{here}/model"}}
+    weights = here / "model" / "open_clip_model.safetensors"
+
+    def stop(samples):
+        if os.path.exists("stop") and computed() > 10:
+            raise KeyboardInterrupt
+
+    def run(built):
+        clip = make_reward(spec) if built else spec
+        return score("f", {"clip": clip, "mine": Brightness(stop)}, out="o.parquet", prompts="a",
+                     shard_rows=4, batch_size=4)  # fmt: skip
+
+    for built in (False, True):
+        Path("stop").touch()
+        with pytest.raises(KeyboardInterrupt):
+            run(built)
+        os.remove("stop")
+        before = weights.read_bytes()
+        stamp = weights.stat()
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        with pytest.raises(FileExistsError, match=r"\(its weights differ\)"):
+            run(built)
+        weights.write_bytes(before)  # the same, with another date: as on another machine
+        found = run(built)
+        assert found.computed == 12 and found.errors == []
+        os.remove("o.parquet")
+        os.remove(LOG)
+
+
+def test_texts_of_specs_that_may_be_paths():
+    spec = {"a": [{"name": "x", "head": Path("h.pt")}, 3, None], "b": "c + d"}
+    assert list(engine._texts(spec)) == ["x", "h.pt", "c", "d"]
 
 
 def test_what_is_there_is_never_overwritten(here):
@@ -559,6 +779,33 @@ def test_what_is_there_is_never_overwritten(here):
     with pytest.raises(FileExistsError, match="never overwritten"):
         score("f", Brightness(), out="o.csv")
     assert Path("o.csv").read_text() == "mine" and computed() == 0
+
+
+def test_batches_may_come_back_in_any_order(here, monkeypatch):
+    folder_of(here / "f", 12)
+    options = {"shard_rows": 6, "batch_size": 2}
+    score("f", Brightness(), out="whole.parquet", **options)
+    scored = engine._Local.scored
+    monkeypatch.setattr(
+        engine._Local, "scored", lambda *args: (each for each in [*scored(*args)][::-1])
+    )
+    found = score("f", Brightness(), out="o.parquet", **options)
+    assert found.table.equals(pq.read_table("whole.parquet"))
+    files = found.table["path"].to_pylist()
+    truth = [np.asarray(picture_of(file)).mean() / 255 for file in files]
+    np.testing.assert_allclose(found["brightness"], truth, atol=1e-6)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are not listed here")
+def test_no_file_stays_open(here):
+    folder_of(here / "f", 4)
+    score("f", Brightness(), out="first.csv")
+    before = len(os.listdir("/proc/self/fd"))
+    for n in range(3):
+        score("f", Brightness(), out=f"{n}.csv")
+    with pytest.raises(FileExistsError):
+        score("f", Brightness(), out="2.csv")
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_two_processes_do_not_work_on_one_output(here):
@@ -610,6 +857,7 @@ def test_processes_share_the_work(here, order, monkeypatch):
     options = {"shard_rows": 4, "batch_size": 3}
     alone = score(["f", "f"], [Brightness(), Prepared()], out="alone.parquet", **options)
     os.remove(LOG)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")  # as launchers do
     found = []
     for rank in order:
         monkeypatch.setenv("RANK", str(rank))
@@ -684,3 +932,20 @@ def test_share_towers_is_left_as_it_was(here):
     folder_of(here / "f", 2)
     with share_towers():
         score("f", "colorfulness")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [EOFError(), ConnectionResetError(), RuntimeError("DataLoader worker (pid 7) is killed")],
+)
+def test_a_worker_may_die_in_several_ways(error):
+    def loader():
+        yield 1
+        raise error
+
+    batches = loader()
+    assert engine._next(batches) == 1
+    assert isinstance(engine._next(batches), engine._Death)
+    assert engine._next(iter([])) is None
+    with pytest.raises(RuntimeError, match="of the reward"):
+        engine._next(map(lambda _: (_ for _ in ()).throw(RuntimeError("of the reward")), [1]))
