@@ -5,6 +5,7 @@
     policy = dr.load_policy("embedded:emoji")
     result = dr.steer(policy, "clip_score", ["a red heart above a blue circle"], num_particles=4)
     result.samples.data  # (1, 3, 64, 64), float32 RGB in [0, 1]
+    dr.finetune(policy, "clip_score", "prdp", ["a red heart", "a star"], prompts_per_update=2)
 
 The names below are the public API. They are imported when first used, so that importing the
 package loads neither diffusers nor transformers.
@@ -24,6 +25,7 @@ _PUBLIC = {
     "path_log_prob": "policy",
     "rollout": "policy",
     "sample_generators": "policy",
+    "load_lora": "policies",
     "load_policy": "policies",
     "Reward": "rewards",
     "RewardInfo": "rewards",
@@ -37,12 +39,20 @@ _PUBLIC = {
     "steer": "steering",
     "steered": "steering",
     "score": "scoring",
+    "make_algorithm": "algorithms",
+    "FinetuneResult": "finetuning",
+    "Guard": "finetuning",
+    "LoRA": "finetuning",
+    "Training": "finetuning",
+    "finetune": "finetuning",
 }
 
 __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
-    from diffreward.policies import load_policy
+    from diffreward.algorithms import make_algorithm
+    from diffreward.finetuning import FinetuneResult, Guard, LoRA, Training, finetune
+    from diffreward.policies import load_lora, load_policy
     from diffreward.policy import (
         Condition,
         Policy,

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 from diffreward import __version__
 from diffreward.config import (
@@ -162,9 +163,15 @@ def finetune(argv: Sequence[str]) -> int:
         )  # fmt: skip
     if not processes.is_main_process:
         return 0
-    print(result.summary())
     if result.stopped == "signal":
-        say(f"stopped by a signal; go on with --output {folder} --resume latest")
+        say(
+            f"stopped by a signal after {result.iterations} iterations; go on with "
+            f"--output {folder} --resume latest"
+        )
+        return 0
+    if result.stopped == "guard":
+        say(f"the guard stopped the run after {result.iterations} iterations")
+    print(f"{result.summary()}\nsee {Path(folder) / 'before_after.png'} and README.md beside it")
     return 0
 
 

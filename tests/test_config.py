@@ -1,10 +1,13 @@
 import inspect
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from diffreward.algorithms import make_algorithm
 from diffreward.config import (
+    FinetuneConfig,
     ModelConfig,
     SteerConfig,
     SteeringConfig,
@@ -14,17 +17,26 @@ from diffreward.config import (
     read_prompts,
     to_yaml,
 )
+from diffreward.finetuning import Guard, LoRA, Training
+from diffreward.finetuning.engine import Batches
+from diffreward.rewards.base import find_reward
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 STEER_CONFIGS = [file for file in CONFIGS if file.parent.name == "steer"]
+FINETUNE_CONFIGS = [file for file in CONFIGS if file.parent.name == "finetune"]
 
 
 def steer_config(*argv: str) -> SteerConfig:
     return parse(SteerConfig, argv, "diffreward steer")
 
 
+def finetune_config(*argv: str) -> FinetuneConfig:
+    return parse(FinetuneConfig, argv, "diffreward finetune")
+
+
 def test_no_arguments_give_the_defaults():
     assert steer_config() == SteerConfig()
+    assert finetune_config() == FinetuneConfig()
 
 
 def test_yaml_reads_back_the_same(tmp_path):
@@ -42,6 +54,52 @@ def test_yaml_reads_back_the_same(tmp_path):
         file = tmp_path / "config.yaml"
         file.write_text(to_yaml(config), encoding="utf-8")
         assert steer_config("--config", str(file)) == config
+
+
+def test_yaml_of_finetuning_reads_back_the_same(tmp_path):
+    changed = FinetuneConfig(
+        algorithm={"name": "prdp", "beta": 1e-11, "standardize": False},
+        prompts=["yes", "null", "a: b"],
+        judges=[],
+        eval_prompts=["one"],
+        training=Training(
+            # a number without a point, and null where the default is not
+            learning_rate=1e-5, betas=(0.5, 0.9), lora=LoRA(4, 8.0, ["to_q", "to_out.0"]),
+            ema_decay=0.9, max_batch=3, loggers=[], guard=Guard(max_kl=5.0, stop=True),
+        ),
+        resume=30,
+    )  # fmt: skip
+    for config in (FinetuneConfig(), changed):
+        file = tmp_path / "config.yaml"
+        file.write_text(to_yaml(config), encoding="utf-8")
+        assert finetune_config("--config", str(file)) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--training.iteration", "3"], "did you mean 'training.iterations'"),
+        (["--learning_rate", "1"], "did you mean 'training.learning_rate'"),
+        (["--training.lora.rnak", "3"], "did you mean 'training.lora.rank'"),
+        (["--rank", "3"], "did you mean 'training.lora.rank'"),
+        (["--max_kl", "3"], "did you mean 'training.guard.max_kl'"),
+        (["--training.method", "lara"], "lora"),
+        (["--training.loggers", "[tensorbord]"], "tensorboard"),
+        (["--training", "fast"], "set one of training.iterations"),
+        (["--training.learning_rate", "high"], "Expected a float"),
+    ],
+)
+def test_wrong_arguments_of_finetuning_are_refused(argv, message):
+    with pytest.raises(UsageError) as err:
+        finetune_config(*argv)
+    assert message in str(err.value)
+    assert "\n" not in str(err.value)
+
+
+def test_every_option_of_training_has_words():
+    for kind in (FinetuneConfig, Training, LoRA, Guard):
+        for option in fields(kind):
+            assert f"\n        {option.name}: " in kind.__doc__
 
 
 def test_print_config_reads_back_the_same(tmp_path, capsys):
@@ -184,7 +242,39 @@ def test_config_file_is_read(file):
     assert parse(SteerConfig, ["--config", str(file)], "diffreward steer") == config
 
 
-def test_embedded_config_is_the_default():
-    (file,) = [file for file in CONFIGS if file.name == "embedded.yaml"]
-    assert steer_config("--config", str(file)) == SteerConfig()
-    assert file.read_text(encoding="utf-8").endswith(to_yaml(SteerConfig()))
+@pytest.mark.parametrize("kind", [SteerConfig, FinetuneConfig])
+def test_embedded_config_is_the_default(kind):
+    verb = "steer" if kind is SteerConfig else "finetune"
+    (file,) = [f for f in CONFIGS if (f.parent.name, f.name) == (verb, "embedded.yaml")]
+    assert parse(kind, ["--config", str(file)], f"diffreward {verb}") == kind()
+    assert file.read_text(encoding="utf-8").endswith(to_yaml(kind()))
+
+
+@pytest.mark.parametrize("file", FINETUNE_CONFIGS, ids=lambda file: file.stem)
+def test_config_of_finetuning_fits_together(file):
+    """Whatever can be checked without the weights; tests/test_cli_finetune.py runs them all."""
+    config = finetune_config("--config", str(file))
+    prompts, algorithm = read_prompts(config.prompts), make_algorithm(config.algorithm)
+    training = config.training
+    Batches(
+        training.prompts_per_update, training.samples_per_prompt, algorithm.minibatches,
+        1, training.max_batch, len(prompts),
+    )  # fmt: skip
+    assert config.eval_prompts is None or set(read_prompts(config.eval_prompts)) <= set(prompts)
+    for n, spec in enumerate([config.reward, *config.judges]):
+        options = {"name": spec} if isinstance(spec, str) else dict(spec)
+        entry = find_reward(options.pop("name"))
+        inspect.signature(entry.factory).bind(**options)
+        if n == 0 and algorithm.family == "pathwise":
+            assert entry.info.differentiable
+    if file.stem != "embedded":
+        head = file.read_text(encoding="utf-8").split("\nmodel:")[0]
+        assert "not measured" in head.split("# Hardware: ")[1].split("# Expected: ")[0]
+        assert "# Expected: not measured." in head
+
+
+def test_prompt_sets_are_what_their_card_says():
+    animals = read_prompts("embedded:prompts/animals.txt")
+    paintings = read_prompts("embedded:prompts/animal_paintings.txt")
+    assert len(set(animals)) == 45
+    assert paintings == [f"A painting of a{'n' * (a[0] in 'aeiou')} {a}" for a in animals]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from diffreward.algorithms import make_algorithm
 from diffreward.cli import main
-from diffreward.config import SteerConfig, parse
+from diffreward.config import FinetuneConfig, SteerConfig, parse, read_prompts
 from diffreward.rewards import make_reward
 
 ROOT = Path(__file__).parent.parent
@@ -54,18 +55,26 @@ def test_python_block_runs(code, tmp_path, monkeypatch):
 def test_yaml_block_is_a_configuration(text, tmp_path):
     file = tmp_path / "shown.yaml"
     file.write_text(text)
-    config = parse(SteerConfig, ["--config", str(file)], "shown")
+    kind = FinetuneConfig if re.search(r"^algorithm:", text, re.M) else SteerConfig
+    config = parse(kind, ["--config", str(file)], "shown")
+    if kind is FinetuneConfig:
+        make_algorithm(config.algorithm)
     if "url" not in config.reward:  # "remote" needs a server: tests/test_serve.py
         make_reward(config.reward)
 
 
 @pytest.mark.parametrize("block", blocks("console"))
-def test_console_block_parses(block):
-    """What waits for ever is not run, but its options are read."""
-    verbs = re.findall(r"^\$ diffreward ([^#\n]*)", block, re.M)
-    assert verbs
+def test_console_block_parses(block, monkeypatch):
+    """What takes minutes or waits for ever is not run, but its options are read."""
+    monkeypatch.chdir(ROOT)
+    verbs = re.findall(r"^\$ (?:accelerate launch -m )?diffreward ([^#\n]*)", block, re.M)
+    assert len(verbs) == len(re.findall(r"^\$ .*\bdiffreward ", block, re.M)) > 0
     for verb in verbs:
-        assert main([*shlex.split(verb), "--print_config"]) == 0
+        words = shlex.split(verb)
+        assert main([*words, "--print_config"]) == 0
+        if words[0] == "finetune":
+            config = parse(FinetuneConfig, words[1:], "shown")
+            assert make_algorithm(config.algorithm) and read_prompts(config.prompts)
 
 
 @pytest.mark.parametrize("command", commands())

@@ -27,6 +27,7 @@ def modules_after(code: str) -> set[str]:
         "import diffreward",
         "import diffreward.rewards, diffreward.steering, diffreward.policies, diffreward.policy",
         "import diffreward as dr; dr.steer, dr.load_policy, dr.available_rewards()",
+        "import diffreward as dr; dr.Training, dr.make_algorithm('prdp'), dr.finetune",
     ],
 )
 def test_importing_loads_no_model_library(code):
@@ -35,6 +36,10 @@ def test_importing_loads_no_model_library(code):
 
 def test_importing_the_package_alone_does_not_even_load_torch():
     assert "torch" not in modules_after("import diffreward")
+
+
+def test_options_of_finetuning_do_not_load_torch():
+    assert "torch" not in modules_after("import diffreward as dr; dr.Training(), dr.LoRA(), dr.Guard()")
 
 
 def test_every_public_name_is_there():

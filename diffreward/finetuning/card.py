@@ -76,10 +76,8 @@ def loading_code(card: Card) -> str:
     """Python that loads the result."""
     if card.model.startswith("embedded:") and card.method == "lora":
         return (
-            "from diffreward import load_policy\n"
-            "from diffreward.finetuning.trainable import load_lora\n\n"
-            f"policy = load_policy({card.model!r})\n"
-            'load_lora(policy, "final")'
+            f"from diffreward import load_policy\n\n"
+            f'policy = load_policy({card.model!r}, lora="final")'
         )
     lines = ["from diffusers import DiffusionPipeline", ""]
     if card.method == "full":

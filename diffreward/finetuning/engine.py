@@ -172,7 +172,8 @@ class FinetuneResult:
     """What a run gives back.
 
     Attributes:
-        policy: the one that came, trained; with averaged weights if there is an EMA.
+        policy: the one that came, trained. With an EMA it has the last weights; ``final/`` and the
+            evaluations have the averaged ones.
         before, after: evaluations on the same prompts and noise.
         metrics: a row per iteration.
         warnings: of the guard, with the iteration.
@@ -317,7 +318,7 @@ class Engine:
         )  # fmt: skip
         self.compute = Compute(policy.denoiser, self.trainable.reference.denoiser)
         self.history = History(max(64, getattr(algorithm, "buffer_size", 0)))
-        self.iteration, self.updates = 0, 0
+        self.iteration, self.updates, self._evaluated = 0, 0, 0
         self.metrics: list[dict[str, Any]] = []
 
         if eval_prompts is None:
@@ -347,7 +348,7 @@ class Engine:
 
     def run(self) -> FinetuneResult:
         """Train until the iterations are done, the guard stops, or a signal comes."""
-        with _signals() as asked, closing(self.record):
+        with _signals() as asked, closing(self.record), closing(self.compute):
             self.record.say(str(self.batches))
             if self.start is None:
                 before = self.evaluator(0)
@@ -430,9 +431,9 @@ class Engine:
             "reward_std": scores.value.std(correction=0).item(),
             "flat_groups": group_statistics(scores.value, groups).flat,
         }
-        for name in found[0]:
-            values = [numbers[name] for numbers in found]
-            row[name] = max(values) if name.startswith("max_") else sum(values) / len(values)
+        for name in dict.fromkeys(name for numbers in found for name in numbers):
+            values = [numbers[name] for numbers in found if name in numbers]
+            row[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
         forward, backward = (b - a for a, b in zip(cost, self.compute.counts(), strict=True))
         seconds = time.monotonic() - started
         row |= {"learning_rate": self._rate(self.updates - 1), "forward_rows": forward}
@@ -443,8 +444,9 @@ class Engine:
     def _evaluate(self) -> Evaluation:
         with self.trainable.averaged():
             found = self.evaluator(self.iteration)
-        flat = self.metrics[-1]["flat_groups"] if self.metrics else 0.0
-        self.record.evaluation(found, self.watch.check(found, flat))
+        flat = [row["flat_groups"] for row in self.metrics[self._evaluated :]]
+        self._evaluated = len(self.metrics)
+        self.record.evaluation(found, self.watch.check(found, sum(flat) / max(1, len(flat))))
         return found
 
     # -- collect ------------------------------------------------------------------------------
@@ -819,6 +821,8 @@ class Engine:
         self.history.load_state_dict(state["history"])
         self.watch.load_state_dict(state["watch"])
         self.compute.restore(state["compute"])
+        every = self.training.evaluate_every
+        self._evaluated = self.iteration // every * every if every else 0
         rows = read_metrics(self.folder / "metrics.jsonl")
         self.metrics = [r for r in rows if "reward" in r and r["iteration"] <= self.iteration]
         self.record.say(f"resumed from {path.name}")
@@ -864,8 +868,12 @@ class Compute:
 
     def __init__(self, *networks: torch.nn.Module) -> None:
         self.forward = self.backward = 0
-        for network in dict.fromkeys(networks):
-            network.register_forward_hook(self._count)
+        self._hooks = [n.register_forward_hook(self._count) for n in dict.fromkeys(networks)]
+
+    def close(self) -> None:
+        """Stop counting."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _count(self, network, inputs, output) -> None:
         output = output[0] if not isinstance(output, Tensor) else output

@@ -93,7 +93,7 @@ def diversity(samples: Samples, k: int) -> Float[Tensor, " P"]:
     else:
         points, kind = _descriptor(samples), _kind(samples)
         length = samples.data.shape[1:2].numel()
-        groups = points.view(-1, k, points.shape[1])
+        groups = points.reshape(-1, k, points.shape[1])
         distances = torch.stack([_distances(group, kind, length) for group in groups])
     return distances.double().sum((1, 2)).cpu() / (k * (k - 1))
 
@@ -119,7 +119,7 @@ def _descriptor(samples: Samples) -> Float[Tensor, "b d"]:
     if _kind(samples) == "pixels":
         frames = data.float().flatten(0, -4)
         height, width = (min(16, side) for side in frames.shape[-2:])
-        data = F.adaptive_avg_pool2d(frames, (height, width)).view(len(data), -1)
+        data = F.adaptive_avg_pool2d(frames, (height, width)).reshape(len(data), -1)
     return data.double().reshape(len(data), -1)
 
 

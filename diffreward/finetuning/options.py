@@ -15,13 +15,11 @@ class LoRA:
         alpha: they are scaled by alpha / rank; null: alpha = rank.
         targets: names (or their ends) of the layers that get one, or one regular expression;
             null: the attention projections.
-        dropout: of the adapters' input.
     """
 
     rank: int = 16
     alpha: float | None = None
     targets: list[str] | str | None = None
-    dropout: float = 0.0
 
 
 @dataclass(frozen=True)

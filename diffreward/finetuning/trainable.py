@@ -3,7 +3,7 @@
 A trained LoRA is saved as what its pipeline reads (``pipe.load_lora_weights(folder)``), rank and
 alpha included. Where there is no such reader (unconditional pipelines, policies without a pipeline)
 it is saved in peft's own format (``peft.PeftModel.from_pretrained(policy.denoiser, folder)``).
-`load_lora` reads both.
+`diffreward.policies.load_lora` reads both.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file, save_model
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from diffreward.finetuning.options import LoRA, Training
-from diffreward.policies.gaussian import _adapter_layers
-
-ADAPTER = "reward"  #: name of the adapters in the network
+from diffreward.policies.gaussian import adapter_layers
+from diffreward.policies.lora import ADAPTER, PEFT_FILE, PEFT_PREFIX, network_name
 
 ATTENTION = (
     "to_q", "to_k", "to_v", "to_out.0",
@@ -33,9 +32,6 @@ ATTENTION = (
 )  # fmt: skip
 """The attention projections; the second row, of the text stream, is in SD3 and FLUX alone."""
 
-PIPELINE_FILE = "pytorch_lora_weights.safetensors"  # names that diffusers and peft prescribe
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PEFT_PREFIX = "base_model.model."
 FULL_FILE = "model.safetensors"
 
 HALF = (torch.float16, torch.bfloat16)
@@ -44,7 +40,7 @@ HALF = (torch.float16, torch.bfloat16)
 class Trainable:
     """The trained part of a policy, whose network it prepares in place.
 
-    The network is in eval mode, so without dropout; see `train`. Whatever else belongs to the
+    The network is in eval mode, so without dropout. Whatever else belongs to the
     policy or its pipeline is frozen.
 
     Args:
@@ -70,14 +66,14 @@ class Trainable:
                 f"{type(policy).__name__} cannot be trained: its attribute `denoiser` must be the "
                 f"network, a torch.nn.Module, but it is {network!r}"
             )
-        if _adapter_layers(network):
+        if adapter_layers(network):
             raise ValueError(
                 f"the {type(network).__name__} has adapters already. Fuse them into its weights "
                 "first (pipe.fuse_lora(); pipe.unload_lora_weights(), or load_lora(policy, folder, "
                 "fuse=True)), so that the pretrained model is the one with them; or unload them"
             )
         self.policy, self.network, self.training = policy, network, training
-        for module in [network, *_components(policy).values()]:
+        for module in [network, *getattr(getattr(policy, "pipe", None), "components", {}).values()]:
             if isinstance(module, nn.Module):
                 module.requires_grad_(False)
         network.eval()
@@ -100,15 +96,6 @@ class Trainable:
             self._checkpoint_activations()
         if training.compile:
             network.compile()  # in place: names of parameters stay
-
-    def train(self, mode: bool = True) -> None:
-        """Switch the adapters' dropout; all other dropout is off.
-
-        With it on, the log-probability of a step depends on the draw of the mask.
-        """
-        for layer in _adapter_layers(self.network):
-            for dropout in layer.lora_dropout.values():
-                dropout.train(mode)
 
     # The moving average
 
@@ -226,8 +213,8 @@ class Trainable:
             self.network, adapter_name=ADAPTER, save_embedding_layers=False
         )
         if hasattr(pipe, "save_lora_weights"):
-            layers = f"{_network_name(self.policy)}_lora_layers"
-            metadata = f"{_network_name(self.policy)}_lora_adapter_metadata"
+            layers = f"{network_name(self.policy)}_lora_layers"
+            metadata = f"{network_name(self.policy)}_lora_adapter_metadata"
             pipe.save_lora_weights(folder, **{layers: weights, metadata: config.to_dict()})
         else:
             config.save_pretrained(folder)
@@ -247,73 +234,6 @@ class Trainable:
             ) from err
 
 
-def load_lora(policy: Any, folder: str | Path, *, fuse: bool = False) -> None:
-    """Put what `Trainable.save` wrote, or any LoRA that the pipeline reads, into a policy.
-
-    Args:
-        policy: is changed in place; its ``reference()`` is the model without the LoRA.
-        folder: the saved folder.
-        fuse: add the LoRA to the weights, so that it is part of the pretrained model: of its
-            ``reference()``, and for training further. Half-precision weights round it.
-
-    Raises:
-        FileNotFoundError: no LoRA in the folder.
-        ValueError: a LoRA of another model, or none of this network.
-    """
-    folder, pipe, network = Path(folder), getattr(policy, "pipe", None), policy.denoiser
-    of_peft = (folder / PEFT_CONFIG).is_file()
-    if not of_peft and not (folder / PIPELINE_FILE).is_file():
-        raise FileNotFoundError(
-            f"no LoRA in {str(folder)!r}: it has neither {PIPELINE_FILE} nor {PEFT_CONFIG}"
-        )
-    if not of_peft and not hasattr(pipe, "load_lora_weights"):
-        raise ValueError(
-            f"the LoRA in {str(folder)!r} is for a pipeline with load_lora_weights, which "
-            f"{type(policy if pipe is None else pipe).__name__} has not"
-        )
-    before = len(_adapter_layers(network))
-    try:
-        if of_peft:
-            _load_peft(network, folder, fuse)
-        else:
-            pipe.load_lora_weights(folder, weight_name=PIPELINE_FILE, local_files_only=True)
-    except (RuntimeError, ValueError) as err:
-        raise ValueError(
-            f"the LoRA in {str(folder)!r} does not fit this {type(network).__name__}: it is of "
-            "another model"
-        ) from err
-    if of_peft and fuse:
-        return
-    if len(_adapter_layers(network)) == before:
-        raise ValueError(
-            f"the LoRA in {str(folder)!r} has nothing for this {type(network).__name__}: it is of "
-            "another model, or of a text encoder alone"
-        )
-    if fuse:
-        parts = _components(policy).items()  # the network, and maybe text encoders
-        pipe.fuse_lora([n for n, p in parts if isinstance(p, nn.Module) and _adapter_layers(p)])
-        pipe.unload_lora_weights()
-
-
-def _load_peft(network: nn.Module, folder: Path, fuse: bool) -> None:
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from peft.tuners.lora import LoraLayer
-
-    config = LoraConfig.from_pretrained(folder)
-    weights = load_file(folder / PEFT_FILE)
-    weights = {name.removeprefix(PEFT_PREFIX): w for name, w in weights.items()}
-    inject_adapter_in_model(config, network, ADAPTER)
-    found = set_peft_model_state_dict(network, weights, ADAPTER)
-    if found.unexpected_keys:
-        raise ValueError(f"no layers for {', '.join(found.unexpected_keys[:5])}")
-    if fuse:
-        for name, layer in list(network.named_modules()):
-            if isinstance(layer, LoraLayer):
-                layer.merge()
-                network.set_submodule(name, layer.get_base_layer())
-        del network.peft_config
-
-
 def _add_lora(network: nn.Module, lora: LoRA, seed: int) -> None:
     """Put adapters into the network: A Gaussian, of the seed, B zero; float32 at least."""
     if lora.rank < 1:
@@ -323,7 +243,6 @@ def _add_lora(network: nn.Module, lora: LoRA, seed: int) -> None:
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
-        lora_dropout=lora.dropout,
         target_modules=_targets(network, lora.targets),
         init_lora_weights="gaussian",
     )
@@ -387,13 +306,3 @@ def _raise_half(tensors) -> None:
     for t in tensors:
         if t.dtype in HALF:
             t.data = t.data.float()
-
-
-def _components(policy: Any) -> dict[str, Any]:
-    pipe = getattr(policy, "pipe", None)
-    return {} if pipe is None else pipe.components
-
-
-def _network_name(policy: Any) -> str:
-    """What the policy's pipeline calls its network."""
-    return next(name for name, part in _components(policy).items() if part is policy.denoiser)

@@ -391,7 +391,7 @@ class GaussianPolicy:
     def reference(self) -> GaussianPolicy:
         """Adapters switched off where the denoiser has them, else a frozen copy as it is now."""
         ref = copy.copy(self)
-        if _adapter_layers(self.denoiser):
+        if adapter_layers(self.denoiser):
             ref._adapters_off = True
         else:
             ref.denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
@@ -406,7 +406,8 @@ class GaussianPolicy:
             return self.predict(x.to(self.dtype), t, condition).to(x.dtype)
 
 
-def _adapter_layers(network: torch.nn.Module) -> list[torch.nn.Module]:
+def adapter_layers(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of a network that peft gave adapters."""
     return [m for m in network.modules() if hasattr(m, "_disable_adapters")]  # peft's mark
 
 
@@ -417,7 +418,7 @@ def _without_adapters(network: torch.nn.Module) -> Iterator[None]:
     peft's own ``disable_adapters`` and ``enable_adapters`` also change ``requires_grad``, and
     would switch on what the caller had switched off.
     """
-    layers = _adapter_layers(network)
+    layers = adapter_layers(network)
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from diffreward._assets import asset_path
 from diffreward.policies.gaussian import DDIM, DDPM, FlowRenoise, FlowSDE, GaussianPolicy
+from diffreward.policies.lora import load_lora
 from diffreward.policy import Condition, Generators, randn
 from diffreward.samples import Samples
 
@@ -78,7 +79,7 @@ def load_policy(
         dtype: of the networks; None: as they are in a pipeline object, else float32, or bfloat16
             on CUDA. Latents are float32 in any case.
         device: None: where a pipeline object is, else CUDA if there is one.
-        lora: folder or hub id of a LoRA in diffusers' layout, which is merged into the weights.
+        lora: folder or hub id of a LoRA, which is added to the weights; see `load_lora`.
 
     Raises:
         FileNotFoundError: no such folder; a hub id that is neither cached nor reachable.
@@ -106,15 +107,16 @@ def load_policy(
         )
     if spec is pipe and (dtype is not None or device is not None):
         pipe.to(**{k: v for k, v in {"dtype": dtype, "device": device}.items() if v is not None})
-    if lora is not None:
-        _merge_lora(pipe, os.fspath(lora))
     if guidance_scale is None:
         embedded = EMBEDDED.get(str(spec).removeprefix("embedded:"), {})
         parameters = inspect.signature(type(pipe).__call__).parameters
         own = parameters["guidance_scale"].default if "guidance_scale" in parameters else 1.0
         guidance_scale = embedded.get("guidance_scale", own)
     sampling = Sampling(num_steps, kernel, eta, noise_level)
-    return FAMILIES[name](pipe, sampling, float(guidance_scale), negative_prompt, height, width)
+    policy = FAMILIES[name](pipe, sampling, float(guidance_scale), negative_prompt, height, width)
+    if lora is not None:
+        load_lora(policy, lora, fuse=True)
+    return policy
 
 
 def _load(spec: str | os.PathLike, dtype, device):
@@ -166,14 +168,6 @@ def _folder_or_id(spec: str, what: str) -> str:
             "owner/name)"
         )
     return spec
-
-
-def _merge_lora(pipe, lora: str) -> None:
-    if not hasattr(pipe, "load_lora_weights"):
-        raise ValueError(f"{type(pipe).__name__} takes no LoRA, but {lora!r} came")
-    pipe.load_lora_weights(_folder_or_id(lora, "LoRA"))
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
 
 
 class PipelinePolicy(GaussianPolicy):

@@ -137,7 +137,7 @@ class Decoder:
 def to_float(pixels: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 ``(b, h, w, 3)`` as float32 ``(b, 3, h, w)`` in [0, 1]."""
     images = torch.from_numpy(pixels).to(device)
-    return images.permute(0, 3, 1, 2).contiguous().float() / 255
+    return images.permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 
 def read_image(item: Item) -> tuple[np.ndarray, list[str]]:

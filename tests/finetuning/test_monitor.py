@@ -518,3 +518,10 @@ def test_state_survives_a_restart():
     second.check(made(FLAT, iteration=50), 0.9)
     assert second.stop
     assert [iteration for iteration, _ in second.state.warnings] == [25, 50]
+
+
+def test_diversity_of_pictures_in_any_memory_layout():
+    data = torch.rand(4, 3, 32, 32)
+    other = data.to(memory_format=torch.channels_last)
+    found = [diversity(Samples(d, "image"), 2) for d in (data, other)]
+    torch.testing.assert_close(found[0], found[1])
