@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -296,8 +295,7 @@ class Engine:
                 "policy is deterministic; load it with eta > 0 (ddim), or a stochastic kernel "
                 "(ddpm, flow_sde, flow_renoise)"
             )
-        precision = training.mixed_precision
-        self.team = Team(Accelerator(cpu=policy.device.type == "cpu", mixed_precision=precision))
+        self.team = Team(policy.device)
         self.batches = Batches(
             training.prompts_per_update, training.samples_per_prompt, algorithm.minibatches,
             self.team.size, training.max_batch, len(prompts),
@@ -449,6 +447,10 @@ class Engine:
         self.record.evaluation(found, self.watch.check(found, sum(flat) / max(1, len(flat))))
         return found
 
+    def _autocast(self):
+        enabled = self.training.mixed_precision == "bf16"
+        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=enabled)
+
     # -- collect ------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -476,7 +478,7 @@ class Engine:
                 first = self._generators(some - some % b, chosen)
                 x = self.policy.initial(condition, first)
                 self.policy.initial(condition, generators)  # their own is drawn and not used
-            with self.team.accelerator.autocast():
+            with self._autocast():
                 part = rollout(
                     self.policy, condition, generators, x=x, keep_path=trajectory,
                     log_prob=trajectory, progress=interrupt,
@@ -608,7 +610,7 @@ class Engine:
     def _law(self, policy: Policy, ro: Rollout, some: Tensor, condition: Condition, i: int):
         """x[i + 1] and the law it came from."""
         rows = some.to(ro.latents[i].device)
-        with self.team.accelerator.autocast():
+        with self._autocast():
             return ro.latents[i + 1][rows], policy.step_law(ro.latents[i][rows], i, condition)
 
     def _backward(
@@ -651,7 +653,7 @@ class Engine:
             use = 1 + pass_ * algorithm.num_draws + draw
             generators = self._generators(rows[some], chosen, use)
             where = at[some]
-            with self.team.accelerator.autocast():
+            with self._autocast():
                 return policy.denoising_loss(
                     x0[where.to(x0.device)], ro.condition.take(where), generators
                 )
@@ -684,7 +686,7 @@ class Engine:
         losses, scores = [], []
         for some in rows.split(self.training.max_batch or len(rows)):
             condition = self.conditions.take([chosen[r // b] for r in some.tolist()])
-            with self.team.accelerator.autocast():
+            with self._autocast():
                 loss, _, score = self.algorithm.loss(
                     self.policy, condition, self._generators(some, chosen),
                     lambda samples: evaluate(self.reward, samples),

@@ -12,22 +12,34 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import Tensor
 
 
 class Team:
-    """What the engine asks of accelerate.
+    """What the engine asks of accelerate's launcher.
+
+    Args:
+        device: of this process.
 
     Attributes:
-        accelerator: holds device, precision and trackers.
         rank: of this process, 0 to ``size - 1``.
         size: number of processes.
+
+    Raises:
+        ValueError: there are several processes, and this one has another's device.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.rank, self.size = accelerator.process_index, accelerator.num_processes
+    def __init__(self, device: torch.device) -> None:
+        # its state is global, and an `Accelerator` would fix the precision of all later runs
+        known = bool(PartialState._shared_state)
+        self.state = PartialState() if known else PartialState(cpu=device.type == "cpu")
+        self.rank, self.size = self.state.process_index, self.state.num_processes
+        if self.size > 1 and device.type == "cuda" and device != self.state.device:
+            raise ValueError(
+                f"the model of process {self.rank} is on {device}, and its device is "
+                f"{self.state.device}; load it with device={str(self.state.device)!r}"
+            )
 
     @property
     def is_main(self) -> bool:
@@ -74,4 +86,4 @@ class Team:
 
     def wait(self) -> None:
         """Until all processes are here."""
-        self.accelerator.wait_for_everyone()
+        self.state.wait_for_everyone()

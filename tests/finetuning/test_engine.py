@@ -477,3 +477,30 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     )  # fmt: skip
     assert done.returncode != 0
     assert "training.learning_rate" in done.stderr and "0.5" in done.stderr
+
+
+def test_mixed_precision_and_recomputed_activations():
+    found = []
+    for options in ({}, {"activation_checkpointing": True}, {"mixed_precision": "bf16"}):
+        policy = tiny_policy()
+        full = {**SMALL, "method": "full", "learning_rate": 1e-4, **options}
+        finetune(policy, red, "reinforce", PROMPTS, progress=False, **full)
+        assert policy.denoiser.conv_in.weight.dtype == torch.float32
+        found.append(policy.denoiser.conv_in.weight.detach().clone())
+    assert torch.equal(found[0], found[1])
+    start = tiny_policy().denoiser.conv_in.weight
+    moved, other = (f - start for f in (found[0], found[2]))
+    assert 0.5 < torch.nn.functional.cosine_similarity(moved.flatten(), other.flatten(), 0) < 1
+
+
+def test_an_average_is_evaluated_and_saved(tmp_path):
+    policy = tiny_policy()
+    options = {**SMALL, "learning_rate": 1e-2, "ema_decay": 0.5}
+    finetune(policy, red, "reinforce", PROMPTS, output=tmp_path / "run", progress=False, **options)
+    saved = tiny_policy(lora=tmp_path / "run" / "final")
+    x, condition = torch.randn(2, 4, 8, 8), policy.encode(PROMPTS[:2])
+    with torch.no_grad():
+        average, last = (p.step_law(x, 0, condition).mean for p in (saved, policy))
+        start = tiny_policy().step_law(x, 0, condition).mean
+    assert not torch.equal(average, last) and not torch.equal(average, start)
+    assert (average - start).norm() < (last - start).norm()
