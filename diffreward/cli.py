@@ -152,15 +152,22 @@ def finetune(argv: Sequence[str]) -> int:
         with refusals():  # whatever can be refused is refused before the model is loaded
             algorithm, reward = make_algorithm(config.algorithm), make_reward(config.reward)
             algorithm.check(reward)
+            finetuning.check_run(
+                algorithm, config.training, len(prompts), processes.num_processes,
+                output=config.output, resume=config.resume, hub=config.push_to_hub,
+            )  # fmt: skip
+            if config.reward in config.judges:
+                say(f"{reward.info.name} is trained on, so it is left out of the judges")
             judges = [make_reward(spec) for spec in config.judges if spec != config.reward]
             say(f"loading {config.model.spec}")
             policy = load_policy(**vars(config.model))
-        result = finetuning.finetune(
-            policy, reward, algorithm, prompts, judges=judges, eval_prompts=eval_prompts,
-            training=config.training, output=folder, resume=config.resume,
-            config=asdict(replace(config, prompts=prompts, output=None, resume=None)),
-            push_to_hub=config.push_to_hub,
-        )  # fmt: skip
+            engine = finetuning.Engine(
+                policy, reward, algorithm, prompts, config.training, judges=judges,
+                eval_prompts=eval_prompts, output=folder, resume=config.resume,
+                config=asdict(replace(config, prompts=prompts, output=None, resume=None)),
+                hub=config.push_to_hub,
+            )  # fmt: skip
+        result = engine.run()
     if not processes.is_main_process:
         return 0
     if result.stopped == "signal":

@@ -1,24 +1,25 @@
 """What one finetuning update costs, as ratios within one run.
 
-    python scripts/bench_finetune.py                        # embedded model, CPU, about 15 minutes
+    python scripts/bench_finetune.py                        # embedded model, CPU, minutes
     python scripts/bench_finetune.py --tiny                 # seconds: to see that it runs
-    python scripts/bench_finetune.py --parts sized --device cuda    # needs torch, diffusers, peft
+    python scripts/bench_finetune.py --parts sized --device cuda    # torch, diffusers, peft
 
-``passes``: an update of PRDP on a whole rollout by the engine (two passes, one step's activations)
-    and by a plain implementation of the same loss (one graph of all T steps), for several T: seconds,
-    bytes that autograd keeps, and the largest difference of their gradients. The engine knows the
+``passes``: an update of PRDP on a whole rollout by the engine (two passes, the activations of one
+    step) and by a plain implementation of the same loss (one graph of all T steps), for several T:
+    seconds, bytes that autograd keeps, and the difference of their gradients. The engine knows the
     log-probabilities of the first update from the rollout; later ones compute them anew: both are
-    timed. Peak memory is that of a fresh process per arm.
+    timed. Nothing is clipped, so that no step is left out. Peak memory is that of a fresh process
+    for each.
 ``pipeline``: rollout, scoring and one update of DDPO by the engine, and as it is done around a
-    diffusers pipeline: its own call, with a scheduler that also gives the log-probability, one prompt
-    at a time or all at once; then every step again with its gradient. Same network, adapters, images
-    and loss.
-``sized``: UNets of the sizes of Stable Diffusion 1.5 and XL with random weights, LoRA, bfloat16: the
-    largest number of images in one network call (guided, so twice as many rows) for which the
-    gradient of a step fits into 24 and 80 GB, and what a step takes. It uses nothing of this package,
-    so that this file alone runs on a rented machine: what it times is what the engine does.
+    diffusers pipeline: its own call, with a scheduler that also gives the log-probability, one
+    prompt at a time or all at once; then every step again with its gradient. Same network,
+    adapters, numbers of images and loss.
+``sized``: UNets of the sizes of Stable Diffusion 1.5 and XL with random weights, LoRA, bfloat16:
+    the most images in one network call (guided, so twice as many rows) for which the gradient of a
+    step fits into 24 and 80 GB, and what a step takes. It uses nothing of this package, so that
+    this file alone runs on a rented machine: it does what the engine does in a step.
 
-Goals: memory of ``passes`` that does not grow with T. Results belong in docs/benchmarks.md, with
+Goal: memory of ``passes`` that does not grow with T. Results belong in docs/benchmarks.md, with
 hardware and date.
 """
 
@@ -28,15 +29,16 @@ import copy
 import gc
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 PROMPTS = [
     "two blue hearts and a red circle",
@@ -44,6 +46,7 @@ PROMPTS = [
     "three yellow squares",
     "a purple circle left of an orange triangle",
 ]
+UNCLIPPED = {"name": "prdp", "clip": 1e9}
 GB = 10**9
 
 
@@ -97,6 +100,16 @@ class _Saved:
     def __del__(self) -> None:
         if self.owner is not None:
             self.owner._change(self.tensor.untyped_storage(), -1)
+
+
+def resident_peak() -> int:
+    """The most bytes this process has had in memory."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says includes the parent's, if that started this process
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(found[1]) * 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 2**10
 
 
 def synchronise(device) -> None:
@@ -155,12 +168,9 @@ def collect(engine):
     return engine._rollout(lambda: False)
 
 
-def rows_of(ro) -> torch.Tensor:
-    return torch.arange(len(ro.rows))
-
-
 def engine_gradient(engine, ro, fresh: bool) -> None:
     """The gradient of an update, in two passes; ``fresh``: the first one of a rollout."""
+    engine.updates = 1  # the self-checks of the first update are not what it costs
     step, engine._step = engine._step, dict
     try:
         engine._trajectory(ro, 0, fresh=fresh)
@@ -209,8 +219,7 @@ def saved_bytes(work, engine) -> int:
 def passes(args) -> dict:
     found = {}
     for num_steps in args.num_steps:
-        # K = 2: the rollout's own log-probabilities are not those of a later update
-        engine = make_engine(args, {"name": "prdp", "passes": 2}, num_steps)
+        engine = make_engine(args, UNCLIPPED, num_steps)
         with contextlib.closing(engine.compute):
             ro = collect(engine)
             moved(engine)
@@ -259,7 +268,7 @@ def peaks(num_steps: int) -> dict[str, float]:
 
 
 def peak_of(args) -> float:
-    engine = make_engine(args, {"name": "prdp", "passes": 2}, args.num_steps[0])
+    engine = make_engine(args, UNCLIPPED, args.num_steps[0])
     ro = collect(engine)
     moved(engine)
     if torch.device(args.device).type == "cuda":
@@ -268,7 +277,7 @@ def peak_of(args) -> float:
         passes_arms(engine, ro)[args.peak_of]()
     if torch.device(args.device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return resident_peak() / 2**20
 
 
 # --------------------------------------------------------------------------------------------
@@ -298,7 +307,7 @@ def log_prob_scheduler(scheduler):
         def step(self, model_output, timestep, sample, eta=0.0, generator=None, **kwargs):
             mean, std = self.law(model_output, timestep, sample, eta)
             x = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
-            self.path += [sample] if self.path else [sample]
+            self.path.append(sample)
             self.last = x
             self.times.append(timestep)
             self.log_probs.append(self.log_prob(x, mean, std))
@@ -345,6 +354,7 @@ class Around:
         self.pipe = copy.copy(engine.policy.pipe)
         self.pipe.scheduler = log_prob_scheduler(engine.policy.pipe.scheduler)
         self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.text_encoder.to(engine.policy.device)  # the engine has no more need of it there
 
     def __call__(self, at_once: bool) -> None:
         from diffreward import Samples, evaluate
@@ -459,7 +469,8 @@ class Sized:
         torch.manual_seed(0)
         with self.device:
             network = UNet2DConditionModel(**config)
-        self.network = network.to(torch.bfloat16).requires_grad_(False).eval()
+        torch.nn.Module.to(network, torch.bfloat16)  # diffusers' own warns of no module
+        self.network = network.requires_grad_(False).eval()
         self.network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=ATTENTION))
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
         for p in self.trained:
@@ -523,7 +534,10 @@ class Sized:
         self.optimizer.zero_grad(set_to_none=True)
 
     def peak(self, images: int) -> int:
-        """Bytes: on CUDA all that are allocated, else those that autograd keeps."""
+        """Bytes: on CUDA all that are allocated, else those that autograd keeps.
+
+        The latter do not show what checkpointing computes anew on the way back.
+        """
         if self.device.type != "cuda":
             with SavedBytes(self.network.parameters()) as saved:
                 self.update(images)
@@ -541,14 +555,14 @@ class Sized:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
         try:
             self.update(images)
-        except torch.OutOfMemoryError:
-            self.optimizer.zero_grad(set_to_none=True)
-            return False
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-            gc.collect()
-            torch.cuda.empty_cache()
-        return True
+            enough = True
+        except torch.cuda.OutOfMemoryError:
+            enough = False
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        return enough
 
 
 def largest(fits, guess: int) -> int:

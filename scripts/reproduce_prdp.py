@@ -2,33 +2,34 @@
 
     python scripts/reproduce_prdp.py --output runs/prdp            # hours on 2 cores; resumable
     python scripts/reproduce_prdp.py --output runs/prdp --report   # tables and figure only
-    python scripts/reproduce_prdp.py --quick                       # one seed, about 20 minutes
+    python scripts/reproduce_prdp.py --output runs/quick --quick   # one seed, about 20 minutes
     python scripts/reproduce_prdp.py --only a --arms prdp_whole ddpo --budget_minutes 60
 
-(a) *Small set of prompts.* PRDP as Algorithm 1 of arXiv:2402.08714 has it (the whole rollout in each
-    of K = 4 updates), PRDP in 4 minibatches, DDPO with statistics per prompt, GRPO. All make 4
-    updates a rollout. They are compared at equal reward queries (samples scored) and at equal
+(a) *Small set of prompts.* PRDP as Algorithm 1 of arXiv:2402.08714 has it (the whole rollout in
+    each of K = 4 updates), PRDP in 4 minibatches, DDPO with statistics per prompt, GRPO: all make
+    4 updates a rollout. They are compared at equal reward queries (samples scored) and at equal
     compute; each runs to the later of the two and is evaluated at both.
-(b) *Large set of prompts*, each visited once: PRDP with K = 1, in both readings, DDPO with
+(b) *Large set of prompts*, each visited once at most: PRDP with K = 1, in both readings, DDPO with
     prompt-agnostic statistics (the paper's baseline), and GRPO, whose baseline is the group (the
-    comparison the paper lacks). Evaluated on captions no embedded model was trained on. Stability is
-    the reward over the run: its peak, its end, and how many runs broke off.
-(c) *KL.* PRDP with several beta, on ``clip_score`` and on ``colorfulness``, which is easily hacked;
-    prompts and learning rate of (b). beta is given in standard deviations of the reward within
-    prompts before training.
+    comparison the paper lacks). Evaluated on captions no embedded model was trained on. Stability
+    is the reward over the run: its peak, its end, and how many runs broke off.
+(c) *KL.* PRDP with several beta, on ``clip_score`` and on ``colorfulness``, which is easily
+    hacked; prompts and learning rate of (b). beta is given in standard deviations of the reward
+    within prompts before training.
 
-Compute is counted in forward rows of the UNet: rows without gradient, and those with it three times.
+Compute is counted in rows of the UNet: those without gradient once, those with it three times.
 Evaluations do not count. Training reward: ``clip_score``; judges never trained on: ``clip_judge``
-(another seed, the other half of the data) and the exact ``shapes_checker``. In (a) and (b) beta is so
-small that the KL is inert, as it is with the paper's values.
+(another seed, the other half of the data) and the exact ``shapes_checker``. In (a) and (b) beta is
+so small that the KL is inert, as it is with the paper's values.
 
-Learning rates: the same grid for each arm, on a seed of its own, for a quarter of the compute; the
-rate of highest mean training reward over the last third wins. That favours what learns fast, and
-says nothing about later stability. Everything else is the same for all arms: LoRA of rank 16, AdamW,
-gradients clipped to norm 1, 10 steps of DDIM with eta 1, guidance 3.
+Learning rates: the same grid for each arm, on a seed of its own and for a part of the compute; the
+rate whose run ends with the highest training reward wins, on prompts that are not held out. That
+favours what learns fast, and says nothing about later stability. Everything else is the same for
+all arms: LoRA of rank 16, AdamW, gradients clipped to norm 1, 10 steps of DDIM with eta 1,
+guidance 3.
 
-A run is a folder with ``row.json`` once it is done. What is done is not run again, and a run that was
-interrupted goes on from its last checkpoint.
+A run is a folder with ``row.json`` once it is done. What is done is not run again, and a run that
+was interrupted goes on from its last checkpoint.
 """
 
 import argparse
@@ -37,7 +38,8 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -110,13 +112,13 @@ class Sizes:
     prompts: tuple[int, int] = (8, 16)
     samples: tuple[int, int] = (8, 4)
     captions: int = 2000
-    queries: tuple[int, int, int] = (1280, 2560, 0)
-    compute: tuple[int, int, int] = (200_000, 250_000, 150_000)
-    tuning: float = 0.25
-    grid: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    queries: tuple[int, int, int] = (1024, 1920, 0)
+    compute: tuple[int, int, int] = (160_000, 190_000, 120_000)
+    tuning: float = 0.3
+    grid: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     betas: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0)
     rewards: tuple[str, ...] = ("clip_score", "colorfulness")
-    kl_seeds: int = 2
+    kl_seeds: int = 1
     trained: int = 8
     unseen: tuple[int, int] = (8, 24)
     eval_samples: tuple[int, int] = (8, 4)
@@ -133,11 +135,11 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = replace(
-    FULL.scaled(0.2), grid=(1e-4,), betas=(0.1, 1.0), rewards=("clip_score",), kl_seeds=1
+    FULL.scaled(0.2), grid=(3e-4,), betas=(0.1, 1.0), rewards=("clip_score",), kl_seeds=1
 )  # fmt: skip
 TINY = Sizes(
     num_steps=2, prompts=(4, 4), samples=(2, 2), captions=16, queries=(8, 8, 0),
-    compute=(400, 250, 150), grid=(1e-4, 1e-3), betas=(0.1, 1.0), rewards=("colorfulness",),
+    compute=(400, 250, 150), grid=(1e-4, 3e-4), betas=(0.1, 1.0), rewards=("colorfulness",),
     kl_seeds=1, trained=2, unseen=(1, 2), eval_samples=(2, 2), evaluate_every=0,
 )  # fmt: skip
 
@@ -170,6 +172,7 @@ class Run:
 # --------------------------------------------------------------------------------------------
 
 
+@lru_cache
 def captions(n: int) -> list[str]:
     """Different captions of composed scenes that are not held out, always the same."""
     rng, found = np.random.default_rng(0), {}
@@ -188,12 +191,15 @@ def held_out(n: int) -> list[str]:
     return [composed[len(composed) * j // n] for j in range(n)]
 
 
-def prompts_of(experiment: str, sizes: Sizes) -> tuple[list[str], list[str]]:
-    """(to train on, to evaluate on)."""
-    if experiment == "a":
-        trained = captions(sizes.prompts[0])
+def prompts_of(run: Run, sizes: Sizes) -> tuple[list[str], list[str]]:
+    """(to train on, to evaluate on); the grid is judged by none that are held out."""
+    small = run.experiment == "a"
+    trained = captions(sizes.prompts[0] if small else sizes.captions)
+    if run.tuning:
+        return trained, trained[: sizes.trained] if small else trained[-sizes.unseen[1] :]
+    if small:
         return trained, trained[: sizes.trained] + held_out(sizes.unseen[0])
-    return captions(sizes.captions), held_out(sizes.unseen[1])
+    return trained, held_out(sizes.unseen[1])
 
 
 def plan(args, sizes: Sizes) -> list[Run]:
@@ -254,7 +260,7 @@ class Costs:
         iterations = max(1, round(budgets["compute"] / one))
         if "queries" in budgets:
             iterations = max(iterations, math.ceil(budgets["queries"] / math.prod(self.batch(run))))
-        _, prompts = prompts_of(run.experiment, self.sizes)
+        _, prompts = prompts_of(run, self.sizes)
         each = len(prompts) * self.sizes.eval_samples[run.experiment != "a"] * self.per_sample * 2
         every = self.sizes.evaluate_every
         evaluations = 1 + len(budgets) + (iterations // every if every and not run.tuning else 0)
@@ -295,7 +301,7 @@ class Lab:
         with torch.no_grad():
             condition = policy.encode(held_out(1)).repeat(n)
             started, passes = time.monotonic(), 0
-            while passes < 1 or time.monotonic() - started < 2:
+            while passes < 1 or time.monotonic() - started < 1:
                 rollout(policy, condition, sample_generators(0, 1, n))
                 passes += 1
         return passes * n * self.costs.per_sample / (time.monotonic() - started)
@@ -329,13 +335,14 @@ class Lab:
         ends = {}
         for rate in self.sizes.grid:
             row = load(self.output, Run(experiment, run.arm, TUNING_SEED, learning_rate=rate))
-            ends[rate] = -math.inf if "failed" in row else late(row)
+            score = row["marks"].get("compute", {}).get("scores", {}).get(row["reward"])
+            ends[rate] = -math.inf if score is None else float(np.mean(score))
         return max(ends, key=ends.get)
 
     def train(self, run: Run) -> dict | None:
         """Finetune as far as the later budget, with an evaluation at each; None: interrupted."""
         folder, sizes = self.output / run.name, self.sizes
-        prompts, eval_prompts = prompts_of(run.experiment, sizes)
+        prompts, eval_prompts = prompts_of(run, sizes)
         spread = 1.0 if run.beta is None else self.spread(run.reward)
         algorithm = make_algorithm(options(run, spread))
         (p, b), budgets = self.costs.batch(run), self.costs.budgets(run)
@@ -346,7 +353,7 @@ class Lab:
             eval_samples=sizes.eval_samples[run.experiment != "a"],
         )  # fmt: skip
         state = folder / "marks.json"
-        if not (folder / "checkpoints").is_dir():  # nothing to go on from
+        if not has_checkpoint(folder):  # nothing to go on from
             shutil.rmtree(folder, ignore_errors=True)
         marks = json.loads(state.read_text()) if state.exists() else {}
         row = {
@@ -363,49 +370,58 @@ class Lab:
                 "queries": math.ceil(budgets.get("queries", 0) / (p * b)),
                 "compute": done + max(1, round((budgets["compute"] - spent) / one)),
             }
-            checkpoints = folder / "checkpoints"
-            goes_on = checkpoints.is_dir() and any(checkpoints.glob("checkpoint-*"))
             try:
                 result = finetune(
                     self.policy(), self.rewards[run.reward], algorithm, prompts,
                     judges=[self.rewards[name] for name in JUDGES[run.reward]],
                     eval_prompts=eval_prompts, output=folder, progress=False,
                     iterations=min(target[name] for name in left),
-                    resume="latest" if goes_on else None, **training,
+                    resume="latest" if has_checkpoint(folder) else None, **training,
                 )  # fmt: skip
             except RuntimeError as error:  # a gradient that is not finite, above all
                 row["failed"] = str(error)
                 break
             if result.stopped == "signal":
                 return None
-            curve = curve_of(result.metrics, p * b)
-            reached = {"iteration": result.iterations, **curve[-1]}
+            done, spent = result.iterations, cost(result.metrics)
+            reached = {"iteration": done, "queries": done * p * b, "compute": spent}
             if "before" not in marks:
                 start = {"iteration": 0, "queries": 0, "compute": 0}
                 marks["before"] = start | numbers(result.before)
             for name in left:
                 short = budgets[name] - reached[name]
-                if short <= (0 if name == "queries" else 0.5 * reached["compute"] / len(curve)):
+                if short <= (0 if name == "queries" else 0.5 * spent / done):
                     marks[name] = reached | numbers(result.after)
             if not any(name in marks for name in left):  # cheaper than thought: go on from here
                 marks[f"after {result.iterations}"] = reached
             write_text(state, json.dumps(plain(marks)) + "\n")
         rows = read_metrics(folder / "metrics.jsonl")
-        row["curve"] = curve_of([r for r in rows if "reward" in r], p * b)
-        row["seconds"] = sum(r["seconds"] for r in rows if "reward" in r)
-        row["warnings"] = [text for r in rows for text in r.get("warnings", ())]
-        row["marks"] = marks
+        iterations = [r for r in rows if "reward" in r]
+        row |= {
+            "curve": curve_of(iterations, p * b),
+            "seconds": sum(r["seconds"] for r in iterations),
+            "warnings": [text for r in rows for text in r.get("warnings", ())],
+            "marks": marks,
+        }
         write_text(folder / "row.json", json.dumps(plain(row)) + "\n")
         return row
 
 
+def has_checkpoint(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("checkpoint-*"))
+
+
+def cost(rows: list[dict]) -> int:
+    """Of iterations, in forward rows."""
+    return sum(row["forward_rows"] + 3 * row["backward_rows"] for row in rows)
+
+
 def curve_of(rows: list[dict], samples: int) -> list[dict]:
-    """The training reward by iteration, with what it took to get the rollout it is of."""
-    found, compute = [], 0
-    for n, row in enumerate(rows, 1):
-        compute += row["forward_rows"] + 3 * row["backward_rows"]
-        found.append({"queries": n * samples, "compute": compute, "mean": row["reward"]})
-    return found
+    """The mean reward of each rollout, with what its policy has been trained on until then."""
+    return [
+        {"queries": n * samples, "compute": cost(rows[:n]), "mean": row["reward"]}
+        for n, row in enumerate(rows)
+    ]
 
 
 def numbers(evaluation) -> dict:
@@ -427,13 +443,18 @@ def load(output: Path, run: Run) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def late(row: dict) -> float:
-    """Mean training reward over the last third."""
-    mean = [point["mean"] for point in row["curve"]]
-    return float(np.mean(mean[-math.ceil(len(mean) / 3) :]))
+def same_sizes(output: Path, sizes: Sizes) -> None:
+    """Refuse to mix runs of different sizes in one folder."""
+    path, now = output / "sizes.json", json.loads(json.dumps(asdict(sizes)))
+    if not path.exists():
+        write_text(path, json.dumps(now, indent=2) + "\n")
+    elif (then := json.loads(path.read_text())) != now:
+        wrong = [f"{k} {then.get(k)} (now {now[k]})" for k in now if then.get(k) != now[k]]
+        raise SystemExit(f"the runs in {output} have {', '.join(wrong)}; choose another --output")
 
 
 def perform(args, sizes: Sizes) -> None:
+    same_sizes(args.output, sizes)
     runs = plan(args, sizes)
     left = [run for run in runs if load(args.output, run) is None]
     print(f"{len(runs)} runs, {len(runs) - len(left)} done")
@@ -446,7 +467,7 @@ def perform(args, sizes: Sizes) -> None:
     started, spent = time.monotonic(), 0.0
     for run in tqdm(left, unit="run"):
         minutes = (time.monotonic() - started) / 60
-        if spent:  # what the runs took tells more than the first two seconds
+        if spent:  # what the runs took tells more than the first second
             speed = spent / (60 * minutes)
         expected = lab.costs.total(run) / speed / 60
         if args.budget_minutes is not None and minutes + expected > args.budget_minutes:
@@ -486,12 +507,15 @@ def shown(d: np.ndarray) -> str:
 
 def gains(rows: list[dict], mark: str, score: str, prompts: slice) -> np.ndarray:
     """``(seeds, prompts)``: the score at the mark minus that before, from the same noise."""
-    return np.array(
-        [
-            np.subtract(row["marks"][mark]["scores"][score], row["marks"]["before"]["scores"][score])
-            for row in rows
-        ]
-    )[:, prompts]
+
+    def at(row: dict, mark: str) -> np.ndarray:
+        return np.array(row["marks"][mark]["scores"][score])
+
+    return np.array([at(row, mark) - at(row, "before") for row in rows])[:, prompts]
+
+
+def name_of(experiment: str, arm: str) -> str:
+    return NAMES[arm] + (", prompt-agnostic" if (experiment, arm) == ("b", "ddpo") else "")
 
 
 def mean_of(rows: list[dict], mark: str, name: str) -> str:
@@ -507,7 +531,8 @@ def at_budget(rows: list[dict], experiment: str, mark: str) -> str:
     columns = [(f"{scores[s]}, unseen", s, unseen) for s in scores]
     if experiment == "a":
         columns = [("clip_score, trained on", "clip_score", trained), *columns]
-    header = ["arm", "rate", "seeds", "samples", "rows", *(c[0] for c in columns), "KL", "diversity"]
+    names = [c[0] for c in columns]
+    header = ["arm", "rate", "seeds", "samples", "rows", *names, "KL", "diversity"]
     lines, differences = [], []
     by_arm = {arm: [r for r in rows if r["arm"] == arm and mark in r["marks"]] for arm in NAMES}
     for arm, found in by_arm.items():
@@ -515,7 +540,7 @@ def at_budget(rows: list[dict], experiment: str, mark: str) -> str:
             continue
         lines.append(
             [
-                NAMES[arm], f"{found[0]['learning_rate']:g}", str(len(found)),
+                name_of(experiment, arm), f"{found[0]['learning_rate']:g}", str(len(found)),
                 mean_of(found, mark, "queries"), mean_of(found, mark, "compute"),
                 *(shown(gains(found, mark, s, p)) for _, s, p in columns),
                 mean_of(found, mark, "kl"), mean_of(found, mark, "diversity"),
@@ -526,7 +551,7 @@ def at_budget(rows: list[dict], experiment: str, mark: str) -> str:
         if arm == BASELINE or not both:
             continue
         theirs = [base[row["seed"]] for row in both]
-        line = [f"{NAMES[arm]} - {NAMES[BASELINE]}", str(len(both))]
+        line = [f"{name_of(experiment, arm)} - {NAMES[BASELINE]}", str(len(both))]
         for _, s, p in columns:
             line.append(shown(gains(both, mark, s, p) - gains(theirs, mark, s, p)))
         differences.append(line)
@@ -534,7 +559,7 @@ def at_budget(rows: list[dict], experiment: str, mark: str) -> str:
         return f"No run has reached the budget in {mark} yet."
     text = table(header, lines, markdown=True)
     if differences:
-        header = ["difference", "seeds", *(c[0] for c in columns)]
+        header = ["difference", "seeds", *names]
         text += "\n\n" + table(header, differences, markdown=True)
     return text
 
@@ -548,24 +573,17 @@ def stability(rows: list[dict]) -> str:
         curves = [smooth([point["mean"] for point in r["curve"]]) for r in found if r["curve"]]
         if not curves:
             continue
-        first, peak, last = (np.array([f(c) for c in curves]) for f in (_first, max, _last))
+        name = name_of(found[0]["experiment"], key[0]) + (" (grid)" if key[2] else "")
+        first, last = (np.array([c[at] for c in curves]) for at in (0, -1))
+        peak = np.array([c.max() for c in curves])
         lines.append(
             [
-                NAMES[key[0]] + (" (grid)" if key[2] else ""), f"{key[1]:g}", str(len(found)),
-                str(sum("failed" in r for r in found)),
+                name, f"{key[1]:g}", str(len(found)), str(sum("failed" in r for r in found)),
                 *(f"{v.mean():.3f}" for v in (first, peak, last)),
                 f"{(peak - last).mean():.3f} (at most {(peak - last).max():.3f})",
             ]
         )  # fmt: skip
     return table(header, lines, markdown=True)
-
-
-def _first(curve):
-    return curve[0]
-
-
-def _last(curve):
-    return curve[-1]
 
 
 def smooth(values: list[float]) -> np.ndarray:
@@ -593,7 +611,8 @@ def kl_study(rows: list[dict]) -> str:
                     ]
                 )  # fmt: skip
         if lines:
-            header = ["beta / std", "seeds", f"{reward} (trained on)", *labels[1:], "KL", "diversity"]
+            header = ["beta / std", "seeds", f"{reward} (trained on)", *labels[1:]]
+            header += ["KL", "diversity"]
             texts.append(table(header, lines, markdown=True))
     return "\n\n".join(texts) or "No run is done yet."
 
@@ -634,8 +653,8 @@ def plot(main: dict[str, list[dict]], path: Path) -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="tight")
     panels = [
-        ("a", "queries", "(a) 8 prompts, by samples scored"),
-        ("a", "compute", "(a) 8 prompts, by compute (forward rows)"),
+        ("a", "queries", "(a) few prompts, by samples scored"),
+        ("a", "compute", "(a) few prompts, by compute (forward rows)"),
         ("b", "queries", "(b) every prompt once, by samples scored"),
     ]
     for ax, (experiment, by, title) in zip(axes.flat[:3], panels, strict=True):
@@ -644,10 +663,9 @@ def plot(main: dict[str, list[dict]], path: Path) -> None:
             if not rows:
                 continue
             # seeds may cost a little differently: they are averaged where all have been
-            x = np.linspace(
-                max(r["curve"][0][by] for r in rows), min(r["curve"][-1][by] for r in rows), 60
-            )
-            y = np.array([np.interp(x, *_smoothed(r["curve"], by)) for r in rows])
+            lines = [_smoothed(r["curve"], by) for r in rows]
+            x = np.linspace(max(u[0] for u, _ in lines), min(u[-1] for u, _ in lines), 100)
+            y = np.array([np.interp(x, *line) for line in lines])
             ax.plot(x, y.mean(0), color=f"C{number}", label=name)
             ax.fill_between(x, y.min(0), y.max(0), color=f"C{number}", alpha=0.15, lw=0)
         ax.set(title=title, ylabel="training reward (clip_score)")
@@ -661,7 +679,7 @@ def plot(main: dict[str, list[dict]], path: Path) -> None:
         for beta in sorted({r["beta"] for r in kl}):
             found = [r for r in kl if r["beta"] == beta]
             gain = gains(found, "compute", label, slice(None)).mean()
-            before = np.mean([r["marks"]["before"]["scores"][label] for r in found])
+            before = np.mean([r["marks"]["before"]["scores"][label] for r in found]) or math.nan
             points.append((np.mean([r["marks"]["compute"]["kl"] for r in found]), gain / before))
         ax.plot(*np.array(sorted(points)).T, marker="o", label=label)
     ax.set(
@@ -677,8 +695,7 @@ def plot(main: dict[str, list[dict]], path: Path) -> None:
 
 
 def _smoothed(curve: list[dict], by: str) -> tuple[np.ndarray, np.ndarray]:
-    y = smooth([point["mean"] for point in curve])
-    return np.array([point[by] for point in curve])[len(curve) - len(y) :], y
+    return smooth([point[by] for point in curve]), smooth([point["mean"] for point in curve])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -33,11 +33,12 @@ PROMPTS = ["a red heart", "a blue star"]
 # what makes a run quick; a learning rate at which two updates can be seen
 SMALL = {
     "training.iterations": 2, "training.prompts_per_update": 2, "training.samples_per_prompt": 2,
-    "training.learning_rate": 0.01, "training.eval_samples": 1, "training.evaluate_every": 1,
-    "training.checkpoint_every": 1, "training.loggers": "[]", "training.lora.rank": 4,
+    "training.learning_rate": 0.01, "training.eval_samples": 1, "training.evaluate_every": 0,
+    "training.checkpoint_every": 0, "training.loggers": "[]", "training.lora.rank": 4,
     "model.num_steps": 3, "model.guidance_scale": 2, "reward": "saturation",
     "judges": "[colorfulness]", "prompts": "[a red heart, a blue star]",
 }  # fmt: skip
+OFTEN = {"training.evaluate_every": 1, "training.checkpoint_every": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def run(model, tmp_path_factory) -> Path:
     """The folder of a finished run; tests that change it take a copy."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     options = {"output": folder, "training.loggers": "[tensorboard]", "training.lora.alpha": 8}
-    assert finetune(model, **options) == 0
+    assert finetune(model, **OFTEN, **options) == 0
     return folder
 
 
@@ -129,10 +130,11 @@ def test_metrics_are_of_every_iteration_and_evaluation(run):
     assert set(evaluations[0]["evaluation"]["scores"]) == {"saturation", "colorfulness"}
     assert evaluations[0]["evaluation"]["kl"] == 0 < evaluations[2]["evaluation"]["kl"]
     last = next(row for row in rows if row.get("reward") is not None and row["iteration"] == 2)
-    # PRDP: K = 2 passes a rollout; rollout and reference of 4 samples, 3 steps, with and without
-    # prompt, then the second pass's matrix
     assert last["updates"] == 4 and last["learning_rate"] == 0.01
-    assert last["forward_rows"] == 3 * (4 * 3 * 2) and last["backward_rows"] == 2 * (4 * 3 * 2)
+    # of 4 samples, 3 steps, with and without prompt: rollout, reference, and the matrix of PRDP's
+    # second pass; backward what the clip leaves of it
+    whole = 4 * 3 * 2
+    assert last["forward_rows"] == 3 * whole and whole <= last["backward_rows"] <= 2 * whole
 
 
 def test_scores_of_an_evaluation_are_those_of_its_pictures(run):
@@ -176,7 +178,9 @@ def test_card_says_what_happened(run, model):
 
 
 def test_config_of_a_run_repeats_it(model):
-    Path("prompts.txt").write_text("a red heart\n\n   \na blue star\n")  # blank lines are no prompts
+    Path("prompts.txt").write_text(
+        "a red heart\n\n   \na blue star\n"
+    )  # blank lines are no prompts
     options = {"prompts": "prompts.txt", "training.seed": 3, "training.iterations": 1}
     assert finetune(model, output="one", **options) == 0
     Path("prompts.txt").unlink()  # the prompts are in the configuration
@@ -210,7 +214,8 @@ def test_summary_and_warnings_are_shown(model, capsys):
     (folder,) = Path("runs").iterdir()
     out, err = capsys.readouterr()
     assert "saturation (trained)" in out and "target_color (held out)" in out
-    assert "target_color 2 (held out)" in out
+    assert "target_color 2 (held out)" in out and "saturation 2" not in out
+    assert "saturation is trained on, so it is left out of the judges" in err
     (shapes,) = [line for line in out.splitlines() if line.startswith("| shapes_checker")]
     assert shapes.split("|")[-2].strip() == "1"  # of the two prompts it can judge one
     assert str(folder) in out
@@ -238,7 +243,7 @@ def test_rewards_that_do_not_vary_are_warned_about(model, capsys):
 
 
 def test_guard_stops_a_run(model, capsys):
-    options = {"training.guard.max_kl": 1e-9, "training.guard.stop": "true"}
+    options = {"training.guard.max_kl": 1e-9, "training.guard.stop": "true", **OFTEN}
     assert finetune(model, output="run", **{"training.iterations": 5, **options}) == 0
     rows = lines(Path("run/metrics.jsonl"))
     assert max(row["iteration"] for row in rows) == 2  # two evaluations in a row
@@ -246,11 +251,11 @@ def test_guard_stops_a_run(model, capsys):
     assert "The guard stopped the run" in Path("run/README.md").read_text()
 
 
-@pytest.mark.parametrize("spec", ["grpo", "raft", "{name: draft, steps: 2}", "refl"])
-def test_other_algorithms(spec, model):
-    """One of each family, and what differs from the default's way."""
+@pytest.mark.parametrize("spec", ["raft", "{name: draft, steps: 2}"])
+def test_other_families(spec, model):
     assert finetune(model, output="run", algorithm=spec, **{"training.iterations": 1}) == 0
-    assert any(w.any() for name, w in weights(Path("run")).items() if "lora_B" in name or "up" in name)
+    moved = [w for name, w in weights(Path("run")).items() if "lora_B" in name]  # born zero
+    assert moved and any(w.any() for w in moved)
 
 
 def test_all_weights(model):
@@ -259,7 +264,7 @@ def test_all_weights(model):
     trained = load_policy("run/final", num_steps=3, guidance_scale=2.0)
     untrained = load_policy(str(model), num_steps=3, guidance_scale=2.0)
     assert not torch.equal(pictures(trained), pictures(untrained))
-    assert "from_pretrained(\"final\")" in Path("run/README.md").read_text()
+    assert 'from_pretrained("final")' in Path("run/README.md").read_text()
 
 
 # -- a finished run is used ----------------------------------------------------------------------
@@ -296,35 +301,38 @@ def test_finetuning_goes_on_from_the_lora_of_a_run(run, model):
 
 
 def test_resumed_runs_end_with_the_same_weights(run, model, capsys):
-    alpha = {"training.lora.alpha": 8}
+    alpha = {"training.lora.alpha": 8, **OFTEN}
     assert finetune(model, output="run", **{"training.iterations": 1, **alpha}) == 0
-    assert finetune(model, "--resume", "latest", output="run", **alpha) == 0
-    assert "resumed from checkpoint-1" in capsys.readouterr().err
-    one, two = weights(run), weights(Path("run"))
-    assert one.keys() == two.keys() and all(torch.equal(two[name], w) for name, w in one.items())
-    times = ("seconds", "samples_per_second")
-    whole, resumed = (
-        [{k: v for k, v in row.items() if k not in times} for row in lines(f / "metrics.jsonl")]
-        for f in (run, Path("run"))
-    )
-    assert whole == resumed
+    for which in ("latest", "1"):  # the second time from before what is there already
+        assert finetune(model, "--resume", which, output="run", **alpha) == 0
+        assert "resumed from checkpoint-1" in capsys.readouterr().err
+        one, two = weights(run), weights(Path("run"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(two[name], w) for name, w in one.items())
+        times = ("seconds", "samples_per_second")
+        whole, resumed = (
+            [{k: v for k, v in row.items() if k not in times} for row in lines(f / "metrics.jsonl")]
+            for f in (run, Path("run"))
+        )
+        assert whole == resumed
 
 
-def test_sigterm_saves_and_exits_cleanly(model, capsys, monkeypatch):
+def test_sigterm_saves_and_exits_cleanly(model, capsys):
     """What a scheduler sends before it kills."""
     folder = Path("run")
 
     def send():
-        while not list(folder.glob("checkpoints/checkpoint-*")):
+        for _ in range(6000):
+            if list(folder.glob("checkpoints/checkpoint-*")):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    sender = threading.Thread(target=send)
+    sender = threading.Thread(target=send, daemon=True)
     sender.start()
-    assert finetune(model, output=folder, **{"training.iterations": 500}) == 0
+    assert finetune(model, output=folder, **{"training.iterations": 500, **OFTEN}) == 0
     sender.join()
-    out, err = capsys.readouterr()
-    assert "--output run --resume latest" in err
+    assert "--output run --resume latest" in capsys.readouterr().err
     done = lines(folder / "metrics.jsonl")[-1]["iteration"]
     assert 1 <= done < 500 and (folder / f"checkpoints/checkpoint-{done}").is_dir()
     assert not (folder / "final").exists()
@@ -342,6 +350,7 @@ def test_sigterm_saves_and_exits_cleanly(model, capsys, monkeypatch):
         ({"model.guidance_scale": 3}, "guidance_scale: 2.0 in the checkpoint, 3.0 now"),
         ({"prompts": "[a cat, a dog]"}, "prompts: "),
         ({"training.lora.rank": 8}, "training.lora.rank: 4 in the checkpoint, 8 now"),
+        ({"training.eval_samples": 2}, "training.eval_samples: 1 in the checkpoint, 2 now"),
     ],
 )
 def test_checkpoint_of_another_run_is_refused_and_kept(options, message, run, model, capsys):
@@ -350,12 +359,6 @@ def test_checkpoint_of_another_run_is_refused_and_kept(options, message, run, mo
     assert finetune(model, "--resume", "latest", **changed) == 2
     assert message in capsys.readouterr().err
     assert snapshot(run) == before
-
-
-def test_more_samples_for_the_evaluations_of_a_resumed_run(model, capsys):
-    assert finetune(model, output="run", **{"training.iterations": 1}) == 0
-    assert finetune(model, "--resume", "latest", output="run", **{"training.eval_samples": 2}) == 0
-    assert "saturation (trained)" in capsys.readouterr().out
 
 
 # -- what is refused -----------------------------------------------------------------------------
@@ -369,7 +372,7 @@ def test_more_samples_for_the_evaluations_of_a_resumed_run(model, capsys):
         ({"algorithm": "prpd"}, "did you mean 'prdp'"),
         ({"algorithm": "{name: prdp, bta: 1}"}, "did you mean 'beta'"),
         ({"algorithm": "{name: prdp, preset: paper_smal}"}, "did you mean 'paper_small'"),
-        ({"algorithm": "{name: prdp, beta: 0}"}, "PRDP needs beta above 0"),
+        ({"algorithm": "{name: prdp, beta: 0.0}"}, "PRDP needs beta above 0"),
         ({"algorithm": "draft", "reward": "jpeg_compressibility"}, "DRaFT needs a differentiable"),
         ({"reward": "saturaton"}, "did you mean: saturation"),
         ({"judges": "[colourfulness]"}, "colorfulness"),
@@ -380,6 +383,16 @@ def test_more_samples_for_the_evaluations_of_a_resumed_run(model, capsys):
         ({"resume": "latest"}, "--resume needs --output"),
         ({"config": "missing.yaml"}, "missing.yaml"),
         ({"training.loggers": "[tensorbord]"}, "tensorboard"),
+        ({"training.iterations": 0}, "iterations must be at least 1"),
+        ({"training.learning_rate": -1}, "learning_rate must be positive"),
+        ({"training.prompts_per_update": 3}, "set prompts_per_update to at most 2"),
+        ({"training.max_batch": 0}, "max_batch must be at least 1"),
+        ({"training.decode_batch": 0}, "decode_batch must be at least 1"),
+        ({"training.ema_decay": 1}, "ema_decay lies in [0, 1)"),
+        ({"training.seed": -1}, "seed must be at least 0"),
+        ({"training.checkpoint_every": -1}, "checkpoint_every must be at least 0"),
+        ({"push_to_hub": "some/one"}, "HF_HUB_OFFLINE"),
+        ({"output": "never", "resume": "latest"}, "start without --resume"),
     ],
 )
 def test_refused_before_a_model_is_loaded(options, message, untouchable, model, capsys):
@@ -393,17 +406,10 @@ def test_refused_before_a_model_is_loaded(options, message, untouchable, model, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"training.iterations": 0}, "iterations must be at least 1"),
-        ({"training.learning_rate": -1}, "learning_rate must be positive"),
-        ({"training.prompts_per_update": 3}, "set prompts_per_update to at most 2"),
-        ({"training.max_batch": 0}, "max_batch must be at least 1"),
         ({"training.lora.rank": 0}, "lora.rank must be at least 1"),
         ({"training.lora.targets": "[to_qq]"}, "did you mean to_q"),
         ({"training.lora.targets": "nothing.*"}, "matches the whole name of no layer"),
         ({"model.eta": 0}, "this policy is deterministic"),
-        ({"push_to_hub": "some/one"}, "HF_HUB_OFFLINE"),
-        ({"training.ema_decay": 2}, "ema_decay"),
-        ({"training.seed": -1}, "seed"),
     ],
 )
 def test_refused_before_anything_is_computed(options, message, model, capsys):
@@ -422,13 +428,11 @@ def test_existing_folder_is_refused_and_kept(untouchable, model, capsys):
     assert [p.name for p in Path("mine").iterdir()] == ["notes"]
 
 
-def test_nothing_to_resume_from(run, model, capsys):
-    assert finetune(model, "--resume", "latest", output="never") == 2
-    assert "start without --resume" in capsys.readouterr().err
+def test_no_such_checkpoint(run, untouchable, model, capsys):
     before = snapshot(run)
     assert finetune(model, "--resume", "77", output=run) == 2
     assert "there are checkpoint-1, checkpoint-2" in capsys.readouterr().err
-    assert snapshot(run) == before and not Path("never").exists()
+    assert snapshot(run) == before
 
 
 def test_missing_model(capsys, model):
@@ -471,11 +475,11 @@ def test_full_disk_while_saving_damages_nothing(model, monkeypatch, capsys):
         return save(tensors, file)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    assert finetune(model, output="run") == 1
+    assert finetune(model, output="run", **OFTEN) == 1
     assert "Make room" in capsys.readouterr().err
     assert [p.name for p in Path("run/checkpoints").iterdir()] == ["checkpoint-1"]
     monkeypatch.setattr(checkpoint, "save_file", save)
-    assert finetune(model, "--resume", "latest", output="run") == 0
+    assert finetune(model, "--resume", "latest", output="run", **OFTEN) == 0
 
 
 def test_out_of_memory_says_what_to_do(model, monkeypatch, capsys):
@@ -489,21 +493,42 @@ def test_out_of_memory_says_what_to_do(model, monkeypatch, capsys):
     assert "--training.max_batch" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["--print_config"]])
+def test_help_loads_nothing_heavy(argv):
+    code = (
+        "import sys; from diffreward.cli import main; code = main(sys.argv[1:]); "
+        "print('loaded:', *sys.modules, file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "finetune", *argv], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stderr.split("loaded:")[1].split())
+    assert not {"torch", "diffusers", "transformers", "accelerate"} & loaded
+    assert "--training.lora.rank" in done.stdout or "rank: 16" in done.stdout
+
+
 # -- configurations ------------------------------------------------------------------------------
 
 
-FAMILIES = {"v1-": tiny.sd, "embedded": tiny.sd, "xl": tiny.sdxl, "-3.5-": tiny.sd3, "FLUX": tiny.flux}
+FAMILIES = {
+    "v1-": tiny.sd,
+    "embedded": tiny.sd,
+    "xl": tiny.sdxl,
+    "-3.5-": tiny.sd3,
+    "FLUX": tiny.flux,
+}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_config_runs_on_a_tiny_model_of_its_family(file, monkeypatch):
+def test_every_config_runs_on_a_tiny_model_of_its_family(file, monkeypatch, capsys):
     """Everything as configured but the weights, sizes and numbers; in the precision of a GPU."""
     config = parse(FinetuneConfig, ["--config", str(file)], "diffreward finetune")
     load = load_policy
 
     def load_tiny(spec, **options):
         (build,) = [build for part, build in FAMILIES.items() if part in spec]
-        options |= {"num_steps": 3, "height": None, "width": None, "device": "cpu"}
+        options |= {"num_steps": 3, "height": 16, "width": 16, "device": "cpu"}
         if spec != "embedded:emoji" and options["dtype"] is None:
             options["dtype"] = "bfloat16"  # what it is on CUDA
         return load(copy.deepcopy(build()), **options)
@@ -517,9 +542,11 @@ def test_every_config_runs_on_a_tiny_model_of_its_family(file, monkeypatch):
     for name, value in small.items():
         argv += [f"--training.{name}", str(value)]
     assert main(["finetune", *argv]) == 0
+    assert "degrees of freedom" not in capsys.readouterr().err  # of the only sample
     rows = lines(Path("run/metrics.jsonl"))
     assert [row["iteration"] for row in rows if "evaluation" in row] == [0, 1]
-    assert list(Path("run/final").iterdir())
+    evaluated = lines(Path("run/samples/iteration-000001.jsonl"))
+    assert [row["prompt"] for row in evaluated] == ["a cat"] and list(Path("run/final").iterdir())
     assert yaml.safe_load(Path("run/config.yaml").read_text())["prompts"] == read_prompts(
         config.prompts
     )
@@ -530,8 +557,9 @@ def test_every_config_runs_on_a_tiny_model_of_its_family(file, monkeypatch):
 
 def test_two_processes_share_a_run(run, model):
     """`accelerate launch -m diffreward finetune`, as the documentation has it."""
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--main_process_port", str(28000 + os.getpid() % 1000), "-m", "diffreward"]
+    # what it does with several GPUs; with several CPU processes it wants MPI
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    launch += [str(28000 + os.getpid() % 1000), "-m", "diffreward"]
     argv = arguments(model, output="two", **{"training.lora.alpha": 8, "model.device": "cpu"})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -25,6 +25,8 @@ BY_CI = {
     "ruff format --check .",
     "lint-imports",
 }
+# a library that a benchmark compares with; nothing here needs it
+NOT_RUN = {"pip install torchmetrics"}
 
 
 def blocks(language: str) -> list:
@@ -49,6 +51,18 @@ def commands() -> list:
 def test_python_block_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "block", "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    """Those of the repository: paths, from its top or from the package's, and links."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    named = re.findall(r"`([\w-]+/[\w/.-]+\.(?:py|yaml|md|txt|jsonl|png))`", text)
+    for name in named:
+        if name.split("/")[0] not in ("samples", "runs", "images"):  # of a run
+            assert (ROOT / name).exists() or (ROOT / "diffreward" / name).exists(), name
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
@@ -79,6 +93,8 @@ def test_console_block_parses(block, monkeypatch):
 
 @pytest.mark.parametrize("command", commands())
 def test_command_runs(command, tmp_path):
+    if command in NOT_RUN:
+        return
     if command in BY_CI:
         ci = (ROOT / ".ci" / "run").read_text()
         assert command.split()[0] in ci

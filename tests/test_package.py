@@ -39,7 +39,9 @@ def test_importing_the_package_alone_does_not_even_load_torch():
 
 
 def test_options_of_finetuning_do_not_load_torch():
-    assert "torch" not in modules_after("import diffreward as dr; dr.Training(), dr.LoRA(), dr.Guard()")
+    assert "torch" not in modules_after(
+        "import diffreward as dr; dr.Training(), dr.LoRA(), dr.Guard()"
+    )
 
 
 def test_every_public_name_is_there():

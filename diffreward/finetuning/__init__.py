@@ -8,13 +8,14 @@ import importlib
 _FROM = {
     "Engine": "engine",
     "FinetuneResult": "engine",
+    "check_run": "engine",
     "finetune": "engine",
     "Training": "options",
     "LoRA": "options",
     "Guard": "options",
 }
 
-__all__ = ["Engine", "FinetuneResult", "Guard", "LoRA", "Training", "finetune"]
+__all__ = ["Engine", "FinetuneResult", "Guard", "LoRA", "Training", "check_run", "finetune"]
 
 
 def __getattr__(name: str):

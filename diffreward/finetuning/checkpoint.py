@@ -31,8 +31,7 @@ REPLACED = ".replaced-"  #: begins the name of a checkpoint while its successor 
 MAY_DIFFER = (
     "training.iterations", "training.max_batch", "training.decode_batch",
     "training.activation_checkpointing", "training.compile", "training.checkpoint_every",
-    "training.keep_checkpoints", "training.evaluate_every", "training.eval_samples",
-    "training.loggers", "training.guard",
+    "training.keep_checkpoints", "training.evaluate_every", "training.loggers", "training.guard",
 )  # fmt: skip
 """Settings that a resumed run may change: what it does stays the same, but for rounding."""
 

@@ -238,7 +238,7 @@ def finetune(
             checkpoint of another run.
         RuntimeError: a self-check of the first update failed.
     """
-    training = _training(training or Training(), options)
+    training = _with_options(training or Training(), options)
     algorithm = make_algorithm(algorithm)
     reward = make_reward(reward)
     engine = Engine(
@@ -250,21 +250,62 @@ def finetune(
     return engine.run()
 
 
-def _training(training: Training, options: Mapping[str, Any]) -> Training:
+def _with_options(training: Training, options: Mapping[str, Any]) -> Training:
     known = [option.name for option in fields(Training)]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
             raise ValueError(f"there is no option {name!r} of finetune; {hint}")
-    training = replace(training, **options)
-    for name in ("iterations", "samples_per_prompt", "eval_samples", "keep_checkpoints"):
-        if getattr(training, name) < 1:
-            raise ValueError(f"{name} must be at least 1, but {getattr(training, name)} came")
+    return replace(training, **options)
+
+
+def _check_options(training: Training) -> None:
+    least = dict.fromkeys(("iterations", "eval_samples", "keep_checkpoints"), 1)
+    least |= dict.fromkeys(("warmup", "checkpoint_every", "evaluate_every", "seed"), 0)
+    if training.decode_batch is not None:
+        least["decode_batch"] = 1
+    for name, low in least.items():
+        if getattr(training, name) < low:
+            raise ValueError(f"{name} must be at least {low}, but {getattr(training, name)} came")
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(training, name) > 0:
             raise ValueError(f"{name} must be positive, but {getattr(training, name)} came")
-    return training
+    if training.ema_decay is not None and not 0 <= training.ema_decay < 1:
+        raise ValueError(f"ema_decay lies in [0, 1), but {training.ema_decay} came")
+
+
+def check_run(
+    algorithm: Algorithm,
+    training: Training,
+    num_prompts: int,
+    processes: int = 1,
+    *,
+    output: str | Path | None = None,
+    resume: str | Path | int | None = None,
+    hub: str | None = None,
+) -> tuple[Batches, Path | None]:
+    """Refuse what can be refused without the model.
+
+    Returns:
+        How samples are divided, and the checkpoint to go on from.
+
+    Raises:
+        ValueError: bad options; a logger that is missing; a hub that cannot be reached.
+        FileNotFoundError: no such checkpoint.
+    """
+    _check_options(training)
+    batches = Batches(
+        training.prompts_per_update, training.samples_per_prompt, algorithm.minibatches,
+        processes, training.max_batch, num_prompts,
+    )  # fmt: skip
+    if resume is not None and output is None:
+        raise ValueError("resume needs output, the folder of the run to go on with")
+    start = None if resume is None else find_checkpoint(output, resume)
+    check_loggers(training.loggers)
+    if hub is not None:
+        check_hub(hub)
+    return batches, start
 
 
 class Engine:
@@ -288,6 +329,7 @@ class Engine:
     ) -> None:
         self.policy, self.reward, self.algorithm = policy, reward, algorithm
         self.training, self.prompts = training, prompts
+        _check_options(training)
         algorithm.check(reward)
         if algorithm.family == "trajectory" and not getattr(policy, "stochastic", True):
             raise ValueError(
@@ -296,17 +338,10 @@ class Engine:
                 "(ddpm, flow_sde, flow_renoise)"
             )
         self.team = Team(policy.device)
-        self.batches = Batches(
-            training.prompts_per_update, training.samples_per_prompt, algorithm.minibatches,
-            self.team.size, training.max_batch, len(prompts),
-        )  # fmt: skip
-        if resume is not None and output is None:
-            raise ValueError("resume needs output, the folder of the run to go on with")
-        start = None if resume is None else find_checkpoint(output, resume)
-        check_loggers(training.loggers)
-        if hub is not None:
-            check_hub(hub)
-        self.start, self.hub = start, hub
+        self.batches, start = check_run(
+            algorithm, training, len(prompts), self.team.size, output=output, resume=resume, hub=hub
+        )
+        self.hub = hub
 
         self.trainable = Trainable(policy, training)
         self.parameters = list(self.trainable.parameters.values())
@@ -335,6 +370,9 @@ class Engine:
             {name: config[name] for name in ("model", "reward", "judges") if name in config}
             | _describe(policy, reward, algorithm, training, prompts, eval_prompts)
         )
+        self.start = None if start is None else load_checkpoint(start)
+        if self.start is not None:  # before anything in its folder is touched
+            check_same(self.start[1]["settings"], self.settings, MAY_DIFFER)
         self.folder = None if output is None else Path(output)
         self.record = Record(
             self.folder, yaml.safe_dump(plain(config or self.settings), sort_keys=False),
@@ -353,7 +391,8 @@ class Engine:
                 self.watch = Watch(self.training.guard, before)
                 self.record.evaluation(before)
             else:
-                before = self._resume(self.start)
+                before = self._resume(*self.start)
+                self.start = None
             first, after, stopped = self.iteration, before, None
             while self.iteration < self.training.iterations and stopped is None:
                 try:
@@ -808,10 +847,8 @@ class Engine:
             )
         self.team.wait()
 
-    def _resume(self, path: Path) -> Evaluation:
+    def _resume(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Evaluation:
         """Take up the state of a checkpoint; gives back the evaluation before training."""
-        tensors, state = load_checkpoint(path)
-        check_same(state["settings"], self.settings, MAY_DIFFER)
         self.record.resume(state["iteration"])
         before = self.record.before or self.evaluator(0)  # the adapters still do nothing
         self.watch = Watch(self.training.guard, before)
@@ -827,7 +864,7 @@ class Engine:
         self._evaluated = self.iteration // every * every if every else 0
         rows = read_metrics(self.folder / "metrics.jsonl")
         self.metrics = [r for r in rows if "reward" in r and r["iteration"] <= self.iteration]
-        self.record.say(f"resumed from {path.name}")
+        self.record.say(f"resumed from checkpoint-{self.iteration}")
         return before
 
 

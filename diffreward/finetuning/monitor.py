@@ -538,7 +538,8 @@ class Watch:
         found = {}
         for name, before in self.baseline.probes.items():
             before, after = before.double(), now.probes[name].double()
-            was, is_, std = before.mean().item(), after.mean().item(), before.std().item()
+            was, is_ = before.mean().item(), after.mean().item()
+            std = before.std().item() if len(before) > 1 else 0.0
             if std > 0 and abs(is_ - was) > self.options.max_shift * std:
                 found[f"probe {name}"] = (
                     f"{name} moved from {was:.3g} to {is_:.3g}, which is "
