@@ -12,11 +12,12 @@ Results belong in docs/benchmarks.md, with hardware and date.
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -98,7 +99,9 @@ def main() -> None:
         if torch.device(args.device).type == "cuda":
             print(torch.cuda.max_memory_allocated() / 2**20)
         else:
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+            # getrusage would include the peak of the process that started this one
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
+            print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10)
         return
 
     for arm in ARMS.values():  # warm-up

@@ -199,7 +199,7 @@ def test_largest(limit, guess):
     asked = []
     found = bench.largest(lambda n: asked.append(n) or n <= limit, guess)
     assert found <= limit <= found + max(1, found // 20)
-    assert min(asked) >= 1
+    assert min(asked) >= 1 and len(asked) <= 80
 
 
 @pytest.mark.parametrize(

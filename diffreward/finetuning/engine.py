@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -224,7 +224,7 @@ def finetune(
         prompts: to train on; empty strings for an unconditional model.
         judges: held-out rewards, which only report.
         eval_prompts: to evaluate on; None: the first ``prompts_per_update`` of ``prompts``.
-        training: the options; None: their defaults.
+        training: the options; None: their defaults, with all prompts in an update if they are few.
         output: folder for checkpoints, logs and results; None: nothing is written.
         resume: "latest", or a checkpoint of ``output``, by number or path: go on from there.
         config: how policy, reward and prompts were made, for ``config.yaml``; its entries "model",
@@ -238,6 +238,9 @@ def finetune(
             checkpoint of another run.
         RuntimeError: a self-check of the first update failed.
     """
+    if training is None:
+        few = {"prompts_per_update": min(Training().prompts_per_update, max(1, len(prompts)))}
+        options = {**few, **options}
     training = _with_options(training or Training(), options)
     algorithm = make_algorithm(algorithm)
     reward = make_reward(reward)
@@ -293,6 +296,7 @@ def check_run(
     Raises:
         ValueError: bad options; a logger that is missing; a hub that cannot be reached.
         FileNotFoundError: no such checkpoint.
+        FileExistsError: the output holds another run.
     """
     _check_options(training)
     batches = Batches(
@@ -302,6 +306,11 @@ def check_run(
     if resume is not None and output is None:
         raise ValueError("resume needs output, the folder of the run to go on with")
     start = None if resume is None else find_checkpoint(output, resume)
+    if output is not None and start is None and (Path(output) / "metrics.jsonl").exists():
+        raise FileExistsError(
+            f"{output} holds a run already; give resume='latest' to go on with it, or choose "
+            "another output"
+        )
     check_loggers(training.loggers)
     if hub is not None:
         check_hub(hub)
@@ -384,7 +393,9 @@ class Engine:
 
     def run(self) -> FinetuneResult:
         """Train until the iterations are done, the guard stops, or a signal comes."""
-        with _signals() as asked, closing(self.record), closing(self.compute):
+        with _signals() as asked, ExitStack() as stack:
+            for part in (self.record, self.compute, self.conditions):
+                stack.enter_context(closing(part))
             self.record.say(str(self.batches))
             if self.start is None:
                 before = self.evaluator(0)
@@ -889,9 +900,15 @@ class Conditions:
             if size * len(self.prompts) > most_bytes:
                 return
         self.kept = _join(parts)
-        park = getattr(policy, "park_encoders", None)
-        if park is not None:
-            park()
+        self._park(True)
+
+    def close(self) -> None:
+        """The text encoders go back to where they were."""
+        self._park(False)
+
+    def _park(self, parked: bool) -> None:
+        if hasattr(self.policy, "park_encoders"):
+            self.policy.park_encoders(parked)
 
     def take(self, indices: Sequence[int]) -> Condition:
         """The conditions of these prompts, on the policy's device."""

@@ -240,10 +240,10 @@ class PipelinePolicy(GaussianPolicy):
             self._move_encoders("cpu")
         return Condition(prompts, {k: v.detach().to(self.dtype) for k, v in tensors.items()})
 
-    def park_encoders(self) -> None:
-        """Keep the text encoders in main memory except while they encode."""
-        self._parked = True
-        self._move_encoders("cpu")
+    def park_encoders(self, parked: bool = True) -> None:
+        """Keep the text encoders in main memory except while they encode, or no longer."""
+        self._parked = parked
+        self._move_encoders("cpu" if parked else self.device)
 
     def _move_encoders(self, device: torch.device | str) -> None:
         for name, module in self.pipe.components.items():

@@ -493,6 +493,35 @@ def test_mixed_precision_and_recomputed_activations():
     assert 0.5 < torch.nn.functional.cosine_similarity(moved.flatten(), other.flatten(), 0) < 1
 
 
+def test_text_encoders_are_away_while_they_are_not_needed():
+    e = engine()
+    moves = []
+    e.policy._move_encoders = lambda device: moves.append(str(device))
+    e.conditions._park(True)
+    e.policy.encode(["a cat"])
+    e.conditions.close()
+    e.policy.encode(["a cat"])
+    assert moves == ["cpu", "cpu", "cpu", "cpu"]  # parked, there, parked, back
+    assert not e.policy._parked
+
+
+def test_few_prompts_are_one_update():
+    found = finetune(
+        tiny_policy(), red, "reinforce", PROMPTS[:2], iterations=1, samples_per_prompt=2,
+        eval_samples=1, evaluate_every=0, loggers=[], progress=False,
+    )  # fmt: skip
+    assert len(found.metrics) == 1 and len(found.before.prompts) == 2
+
+
+def test_runs_are_not_mixed(tmp_path):
+    options = {**SMALL, "iterations": 1, "progress": False, "output": tmp_path / "run"}
+    finetune(tiny_policy(), red, "reinforce", PROMPTS, **options)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a run already; give resume='latest'"):
+        finetune(tiny_policy(), red, "reinforce", PROMPTS, **options)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
 def test_an_average_is_evaluated_and_saved(tmp_path):
     policy = tiny_policy()
     options = {**SMALL, "learning_rate": 1e-2, "ema_decay": 0.5}
