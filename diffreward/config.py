@@ -169,14 +169,24 @@ class FinetuneConfig:
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig(num_steps=10))
     reward: str | dict[str, Any] = "clip_score"
-    algorithm: str | dict[str, Any] = "prdp"
+    algorithm: str | dict[str, Any] = field(
+        default_factory=lambda: {"name": "prdp", "beta": 0.05, "passes": 1}
+    )
     prompts: str | list[str] = field(default_factory=lambda: list(PROMPTS))
     judges: list[str | dict[str, Any]] = field(
         default_factory=lambda: ["clip_judge", "shapes_checker"]
     )
     eval_prompts: str | list[str] | None = None
     training: Training = field(
-        default_factory=lambda: Training(iterations=20, prompts_per_update=6, evaluate_every=10)
+        default_factory=lambda: Training(
+            iterations=20,
+            prompts_per_update=6,
+            samples_per_prompt=8,
+            learning_rate=1e-3,
+            schedule="linear",
+            evaluate_every=10,
+            eval_samples=8,
+        )
     )
     output: str | None = None
     resume: str | int | None = None
