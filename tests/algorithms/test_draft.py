@@ -1,5 +1,6 @@
 """DRaFT and AlignProp against closed forms on a linear chain."""
 
+import copy
 import math
 
 import pytest
@@ -289,7 +290,8 @@ def test_training_reaches_the_best_reward(algorithm):
 @pytest.mark.parametrize("family", ["sd", "flux"])
 def test_pipelines(family):
     """Through a real network, guidance and VAE: adapters alone learn, checkpointed or not."""
-    policy = load_policy(getattr(tiny, family)(), num_steps=3, height=16, width=16)
+    pipe = copy.deepcopy(getattr(tiny, family)())  # others share the builder's
+    policy = load_policy(pipe, num_steps=3, height=16, width=16)
     targets = ["to_q", "to_v"]
     policy.denoiser.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     condition = policy.encode(["a cat", "dog on a log"])
