@@ -36,7 +36,8 @@ SMALL = {
     "training.learning_rate": 0.01, "training.eval_samples": 1, "training.evaluate_every": 0,
     "training.checkpoint_every": 0, "training.loggers": "[]", "training.lora.rank": 4,
     "model.num_steps": 3, "model.guidance_scale": 2, "reward": "saturation",
-    "judges": "[colorfulness]", "prompts": "[a red heart, a blue star]",
+    "judges": "[colorfulness]", "prompts": "[a red heart, a blue star]", "algorithm": "prdp",
+    "training.schedule": "constant",
 }  # fmt: skip
 OFTEN = {"training.evaluate_every": 1, "training.checkpoint_every": 1}
 

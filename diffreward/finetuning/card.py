@@ -268,7 +268,6 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool = False, api: Any =
         ConnectionError: the upload failed; nothing of the run is lost.
     """
     check_hub(repo_id)
-    import httpx
     from huggingface_hub import HfApi
 
     api = HfApi() if api is None else api
@@ -283,7 +282,7 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool = False, api: Any =
                 "*.unfinished-*",
             ],
         )  # fmt: skip
-    except (OSError, httpx.HTTPError) as err:
+    except Exception as err:  # whose class depends on the HTTP client that the hub is built on
         raise ConnectionError(
             f"could not push to {repo_id}: {err}. The run is whole in {folder}; log in with "
             f"'hf auth login' if that was missing, then: hf upload {repo_id} {folder} "
