@@ -83,7 +83,11 @@ class StepLaw(Protocol):
         """log p(x_next | x[i], c), nats."""
 
     def kl(self, other: StepLaw) -> Float[Tensor, " b"]:
-        """KL(self || other), nats."""
+        """KL(self || other), nats.
+
+        Raises:
+            NotImplementedError: it has no closed form.
+        """
 
     def take(self, indices: Tensor | Sequence[int]) -> StepLaw:
         """The laws of the samples at ``indices``."""

@@ -19,6 +19,7 @@ prompt; log-probabilities are sums over dimensions, in nats.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from diffreward.samples import Samples
 
 
 @dataclass(frozen=True)
-class Algorithm:
+class Algorithm(ABC):
     """What all families share. A subclass overrides an attribute by a field, or by a property.
 
     Attributes:
@@ -51,7 +52,7 @@ class Algorithm:
     passes = 1
     minibatches = 1
 
-    def check(self, reward: Reward) -> None:
+    def check(self, reward: Reward) -> None:  # noqa: B027  (most have nothing to refuse)
         """Refuse a reward that cannot work, before any compute.
 
         Raises:
@@ -80,6 +81,7 @@ class TrajectoryAlgorithm(Algorithm):
     family: ClassVar[str] = "trajectory"
     needs_kl = False
 
+    @abstractmethod
     def loss(
         self,
         log_prob: Float[Tensor, "b T"],
@@ -100,7 +102,6 @@ class TrajectoryAlgorithm(Algorithm):
             groups: samples of one prompt have one number.
             kl: KL(model || pretrained) of each step, if ``needs_kl``.
         """
-        raise NotImplementedError
 
     def diagnostics(
         self,
@@ -125,6 +126,7 @@ class DenoisingAlgorithm(Algorithm):
     family: ClassVar[str] = "denoising"
     num_draws = 1
 
+    @abstractmethod
     def loss(
         self,
         error: Float[Tensor, "b S"],
@@ -133,7 +135,6 @@ class DenoisingAlgorithm(Algorithm):
         groups: Int[Tensor, " b"],
     ) -> Float[Tensor, ""]:
         """The loss of one update; ``error_ref`` is of the same (time, noise) as ``error``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ class PathwiseAlgorithm(Algorithm):
         """Refuse a reward that declares it has no gradient."""
         require_gradient(reward, what=type(self).__name__, instead=_WITHOUT_GRADIENT)
 
+    @abstractmethod
     def loss(
         self,
         policy: Policy,
@@ -161,7 +163,6 @@ class PathwiseAlgorithm(Algorithm):
         Raises:
             ValueError: the rewards have no gradient, or one is infinite.
         """
-        raise NotImplementedError
 
     def judge(
         self,

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from diffreward.algorithms import Algorithm, History, make_algorithm
 from diffreward.files import environment, plain
+from diffreward.finetuning.batches import Batches
 from diffreward.finetuning.checkpoint import (
     MAY_DIFFER,
     check_same,
@@ -42,6 +43,7 @@ from diffreward.finetuning.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
+from diffreward.finetuning.conditions import Conditions, join
 from diffreward.finetuning.monitor import Evaluation, Evaluator, Watch, group_statistics
 from diffreward.finetuning.options import Training
 from diffreward.finetuning.record import (
@@ -61,82 +63,6 @@ from diffreward.rewards.combine import distinct
 
 # streams of `sample_generators`: one per iteration for rollouts, and for other uses beside it
 _STREAMS = 1024
-
-
-@dataclass(frozen=True)
-class Batches:
-    """How samples are divided: over updates, processes and network calls.
-
-    Attributes:
-        prompts: in one update.
-        samples: of each prompt.
-        updates: of one pass through a rollout.
-        processes: that share the work.
-        max_batch: most samples in one network call; None: all of a process at once.
-        num_prompts: there are to choose from.
-
-    Raises:
-        ValueError: numbers that do not fit, with the nearest that do.
-    """
-
-    prompts: int
-    samples: int
-    updates: int
-    processes: int
-    max_batch: int | None
-    num_prompts: int
-
-    def __post_init__(self) -> None:
-        numbers = {
-            "prompts_per_update": self.prompts,
-            "samples_per_prompt": self.samples,
-            "minibatches": self.updates,
-            "max_batch": self.max_batch,
-        }
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, but {number} came")
-        if self.prompts * self.updates > self.num_prompts:
-            most = self.num_prompts // self.updates
-            raise ValueError(
-                f"a rollout takes {self.updates} x {self.prompts} different prompts, but there are "
-                f"{self.num_prompts}; "
-                + (
-                    f"set prompts_per_update to at most {most}"
-                    if most
-                    else f"give at least {self.updates} prompts, or take fewer minibatches"
-                )
-            )
-        if self.per_update % self.processes:
-            fit = [n for n in range(1, 4096) if n * self.samples % self.processes == 0]
-            near = sorted(sorted(fit, key=lambda n: abs(n - self.prompts))[:2])
-            raise ValueError(
-                f"{self.prompts} prompts x {self.samples} samples = {self.per_update} samples per "
-                f"update cannot be shared equally by {self.processes} processes; set "
-                f"prompts_per_update to {' or '.join(map(str, near))}, or samples_per_prompt to a "
-                f"multiple of {self.processes}"
-            )
-
-    @property
-    def per_update(self) -> int:
-        return self.prompts * self.samples
-
-    @property
-    def total(self) -> int:
-        """Samples of a rollout, of all processes."""
-        return self.per_update * self.updates
-
-    def __str__(self) -> str:
-        share = self.per_update // self.processes
-        calls = -(-share // (self.max_batch or share))
-        text = f"{self.prompts} prompts x {self.samples} samples = {self.per_update} per update"
-        if self.updates > 1:
-            text += f", {self.updates} updates per pass through a rollout of {self.total}"
-        if self.processes > 1:
-            text += f", {share} on each of {self.processes} processes"
-        if calls > 1:
-            text += f", in {calls} network calls of at most {self.max_batch}"
-        return text
 
 
 @dataclass
@@ -543,7 +469,7 @@ class Engine:
             prompts=[self.prompts[chosen[r // b]] for r in range(self.batches.total)],
             groups=torch.arange(self.batches.total) // b,
             rows=rows,
-            condition=_join([part.condition for part, _ in parts]),
+            condition=join([part.condition for part, _ in parts]),
             latents=[torch.cat(x) for x in zip(*paths, strict=True)],
             scores=self._whole(rows, Scores.cat(scores)),
         )
@@ -879,46 +805,6 @@ class Engine:
         return before
 
 
-class Conditions:
-    """Every prompt encoded once, in the main memory; the text encoders then leave the device.
-
-    Args:
-        policy: encodes.
-        prompts: as they may be asked for, by place.
-        batch: most prompts encoded at once.
-        most_bytes: beyond this, prompts are encoded whenever they are asked for.
-    """
-
-    def __init__(self, policy: Policy, prompts: Sequence[str], batch: int, most_bytes: int = 2**32):
-        self.policy, self.prompts, self.kept = policy, list(prompts), None
-        parts: list[Condition] = []
-        for start in range(0, len(self.prompts), batch):
-            some = self.prompts[start : start + batch]
-            with torch.no_grad():
-                parts.append(_to(policy.encode(some), "cpu"))
-            size = sum(t.nbytes for t in parts[0].tensors.values()) / len(parts[0])
-            if size * len(self.prompts) > most_bytes:
-                return
-        self.kept = _join(parts)
-        self._park(True)
-
-    def close(self) -> None:
-        """The text encoders go back to where they were."""
-        self._park(False)
-
-    def _park(self, parked: bool) -> None:
-        if hasattr(self.policy, "park_encoders"):
-            self.policy.park_encoders(parked)
-
-    def take(self, indices: Sequence[int]) -> Condition:
-        """The conditions of these prompts, on the policy's device."""
-        if self.kept is None:
-            unique = sorted(set(indices))
-            found = self.policy.encode([self.prompts[p] for p in unique])
-            return found.take([unique.index(p) for p in indices])
-        return _to(self.kept.take(list(indices)), self.policy.device)
-
-
 class Compute:
     """How many samples went through the networks: the honest measure of a run's cost."""
 
@@ -971,18 +857,6 @@ def _digest(prompts: Sequence[str]) -> str:
 def _training_options(training: Training) -> dict[str, Any]:
     left_out = ("guard", "loggers", "checkpoint_every", "keep_checkpoints", "decode_batch")
     return {name: v for name, v in asdict(training).items() if name not in left_out}
-
-
-def _to(condition: Condition, device: torch.device | str) -> Condition:
-    return Condition(condition.prompts, {k: t.to(device) for k, t in condition.tensors.items()})
-
-
-def _join(conditions: Sequence[Condition]) -> Condition:
-    names = conditions[0].tensors
-    return Condition(
-        [prompt for c in conditions for prompt in c.prompts],
-        {name: torch.cat([c.tensors[name] for c in conditions]) for name in names},
-    )
 
 
 def _copy(generator: torch.Generator) -> torch.Generator:

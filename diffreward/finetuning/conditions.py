@@ -1,0 +1,62 @@
+"""Encoded prompts, kept in main memory while text encoders are not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from diffreward.policy import Condition, Policy
+
+
+class Conditions:
+    """Every prompt encoded once, in the main memory; the text encoders then leave the device.
+
+    Args:
+        policy: encodes.
+        prompts: as they may be asked for, by place.
+        batch: most prompts encoded at once.
+        most_bytes: beyond this, prompts are encoded whenever they are asked for.
+    """
+
+    def __init__(self, policy: Policy, prompts: Sequence[str], batch: int, most_bytes: int = 2**32):
+        self.policy, self.prompts, self.kept = policy, list(prompts), None
+        parts: list[Condition] = []
+        for start in range(0, len(self.prompts), batch):
+            some = self.prompts[start : start + batch]
+            with torch.no_grad():
+                parts.append(_to(policy.encode(some), "cpu"))
+            size = sum(t.nbytes for t in parts[0].tensors.values()) / len(parts[0])
+            if size * len(self.prompts) > most_bytes:
+                return
+        self.kept = join(parts)
+        self._park(True)
+
+    def close(self) -> None:
+        """The text encoders go back to where they were."""
+        self._park(False)
+
+    def _park(self, parked: bool) -> None:
+        if hasattr(self.policy, "park_encoders"):
+            self.policy.park_encoders(parked)
+
+    def take(self, indices: Sequence[int]) -> Condition:
+        """The conditions of these prompts, on the policy's device."""
+        if self.kept is None:
+            unique = sorted(set(indices))
+            found = self.policy.encode([self.prompts[p] for p in unique])
+            return found.take([unique.index(p) for p in indices])
+        return _to(self.kept.take(list(indices)), self.policy.device)
+
+
+def _to(condition: Condition, device: torch.device | str) -> Condition:
+    return Condition(condition.prompts, {k: t.to(device) for k, t in condition.tensors.items()})
+
+
+def join(conditions: Sequence[Condition]) -> Condition:
+    """Concatenate batches of conditions with the same tensors."""
+    names = conditions[0].tensors
+    return Condition(
+        [prompt for c in conditions for prompt in c.prompts],
+        {name: torch.cat([c.tensors[name] for c in conditions]) for name in names},
+    )
