@@ -334,7 +334,9 @@ def test_a_network_that_is_not_itself_is_found():
         output.sample.add_(0.002 * (len(calls) > 3))  # after the rollout: another network
 
     policy.denoiser.register_forward_hook(drift)
-    with pytest.raises(RuntimeError, match=r"differ by [0-4]\.\d* nats between rollout and training"):
+    with pytest.raises(
+        RuntimeError, match=r"differ by [0-4]\.\d* nats between rollout and training"
+    ):
         e._iterate(lambda: False)
 
 
