@@ -180,8 +180,15 @@ def rollout(
     )
 
 
-def path_log_prob(policy: Policy, trajectory: Trajectory) -> Float[Tensor, "b T"]:
+def path_log_prob(
+    policy: Policy, trajectory: Trajectory, steps: int | None = None
+) -> Float[Tensor, "b T"]:
     """Step log-probabilities of a kept path under ``policy`` (its own or another's).
+
+    Args:
+        policy: the model.
+        trajectory: from `rollout` with ``keep_path=True``.
+        steps: only the first so many.
 
     Raises:
         ValueError: the trajectory was rolled out without ``keep_path=True``, or for another number
@@ -196,7 +203,7 @@ def path_log_prob(policy: Policy, trajectory: Trajectory) -> Float[Tensor, "b T"
     return torch.stack(
         [
             policy.step_law(x[i], i, trajectory.condition).log_prob(x[i + 1])
-            for i in range(policy.num_steps)
+            for i in range(policy.num_steps if steps is None else steps)
         ],
         1,
     )

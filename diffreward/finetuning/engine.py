@@ -77,7 +77,8 @@ class Rollout:
         latents: x[0], ..., x[T], or x[T] alone, of n samples.
         scores: what the reward gave, ``(b,)`` float64.
         credit: what the algorithm makes of it.
-        log_prob: ``(b, T)`` float64, of the policy that drew the samples; None if not needed.
+        log_prob: ``(b, T)`` float64, of the policy that drew the samples, T the steps that are
+            learnt from; None if not needed.
         log_prob_ref: the same of the pretrained policy.
     """
 
@@ -202,6 +203,8 @@ def _check_options(training: Training) -> None:
             raise ValueError(f"{name} must be positive, but {getattr(training, name)} came")
     if training.ema_decay is not None and not 0 <= training.ema_decay < 1:
         raise ValueError(f"ema_decay lies in [0, 1), but {training.ema_decay} came")
+    if not 0 < training.step_fraction <= 1:
+        raise ValueError(f"step_fraction lies in (0, 1], but {training.step_fraction} came")
 
 
 def check_run(
@@ -225,6 +228,11 @@ def check_run(
         FileExistsError: the output holds another run.
     """
     _check_options(training)
+    if algorithm.family != "trajectory" and training.step_fraction != 1:
+        raise ValueError(
+            f"step_fraction is for algorithms that learn from the steps of a trajectory, and "
+            f"{type(algorithm).__name__} does not; leave it at 1"
+        )
     batches = Batches(
         training.prompts_per_update, training.samples_per_prompt, algorithm.minibatches,
         processes, training.max_batch, num_prompts,
@@ -285,6 +293,7 @@ class Engine:
             weight_decay=training.weight_decay,
         )  # fmt: skip
         self.compute = Compute(policy.denoiser, self.trainable.reference.denoiser)
+        self.steps = max(1, round(training.step_fraction * policy.num_steps))
         self.history = History(max(64, getattr(algorithm, "buffer_size", 0)))
         self.iteration, self.updates, self._evaluated = 0, 0, 0
         self.metrics: list[dict[str, Any]] = []
@@ -462,7 +471,7 @@ class Engine:
                 scores.append(self._score(part.final, condition))
                 reference = None
                 if trajectory and algorithm.needs_reference:
-                    reference = path_log_prob(self.trainable.reference, part)
+                    reference = path_log_prob(self.trainable.reference, part, self.steps)
             parts.append((part, reference))
         paths = [part.latents for part, _ in parts]
         ro = Rollout(
@@ -474,7 +483,8 @@ class Engine:
             scores=self._whole(rows, Scores.cat(scores)),
         )
         if trajectory:
-            ro.log_prob = self._all(rows, torch.cat([part.log_probs for part, _ in parts]))
+            log_probs = torch.cat([part.log_probs for part, _ in parts])
+            ro.log_prob = self._all(rows, log_probs[:, : self.steps])
             if algorithm.needs_reference:
                 ro.log_prob_ref = self._all(rows, torch.cat([ref for _, ref in parts]))
         self._check_rewards(ro.scores)
@@ -573,7 +583,7 @@ class Engine:
         for some in at.split(self.training.max_batch or len(at)):
             condition = ro.condition.take(some)
             columns = []
-            for i in range(self.policy.num_steps):
+            for i in range(self.steps):
                 x, law = self._law(self.policy, ro, some, condition, i)
                 kl = torch.zeros(len(some))
                 if self.algorithm.needs_kl:
@@ -600,7 +610,7 @@ class Engine:
         met = torch.full_like(by_log_prob, torch.nan) if check else None
         needed = (by_log_prob != 0) | (by_kl != 0)
         size = self.training.max_batch or max(len(at), 1)
-        for i in range(self.policy.num_steps):
+        for i in range(self.steps):
             for some in needed[:, i].nonzero().squeeze(1).split(size):
                 if not len(some):
                     continue

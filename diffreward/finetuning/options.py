@@ -78,6 +78,10 @@ class Training:
         evaluate_every: iterations between evaluations; 0: only before and after.
         eval_samples: samples of each prompt of an evaluation.
         loggers: besides metrics.jsonl: tensorboard, wandb, trackio.
+        step_fraction: share of the chain's steps that trajectory algorithms learn from, the
+            first and noisiest ones; the others are drawn and count as part of the reward. Little
+            noise makes the gradient of a log-probability large, and what the last steps draw hardly
+            changes the sample: one of them can drown all others.
         guard: when to warn.
         seed: of everything random.
     """
@@ -106,5 +110,6 @@ class Training:
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = field(
         default_factory=lambda: ["tensorboard"]
     )
+    step_fraction: float = 1.0
     guard: Guard = field(default_factory=Guard)
     seed: int = 0
