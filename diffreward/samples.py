@@ -4,7 +4,8 @@ Conventions, one per modality:
 
 - ``"image"``: float32 RGB in [0, 1], shape ``(b, 3, h, w)``;
 - ``"video"``: float32 RGB in [0, 1], shape ``(b, f, 3, h, w)``, f frames;
-- ``"dna"``, ``"protein"``, ...: int64 tokens ``(b, l)``, or relaxed tokens ``(b, l, v)`` (float);
+- ``"dna"``, ``"rna"``, ``"protein"``: int64 tokens ``(b, l)``, or relaxed tokens ``(b, l, v)``
+  (float, rows sum to 1); token k is letter k of `ALPHABETS`;
 - ``"text"``: a list of b strings;
 - any other name: a tensor whose first dimension is b.
 """
@@ -17,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+ALPHABETS = {"dna": "ACGT", "rna": "ACGU", "protein": "ACDEFGHIKLMNPQRSTVWY"}
+"""Modality -> its letters."""
 
 
 @dataclass
@@ -106,6 +110,41 @@ class Samples:
             prompts=None if head.prompts is None else _cat([p.prompts for p in parts]),
             context={k: _cat([p.context[k] for p in parts]) for k in head.context},
         )
+
+
+def to_tokens(sequence: str, modality: str) -> Tensor:
+    """Letters as int64 ``(l,)``, numbered as in `ALPHABETS`; case makes no difference.
+
+    Raises:
+        ValueError: the sequence is empty, or a letter is none of the alphabet's.
+    """
+    letters = ALPHABETS[modality]
+    sequence = sequence.strip().upper()
+    numbers = [letters.find(letter) for letter in sequence]
+    if not numbers:
+        raise ValueError("the sequence is empty")
+    if -1 in numbers:
+        at = numbers.index(-1)
+        raise ValueError(f"letter {at + 1} is {sequence[at]!r}; {modality} has {letters}")
+    return torch.tensor(numbers)
+
+
+def to_strings(data: Tensor, modality: str) -> list[str]:
+    """Tokens ``(b, l)`` as b strings; of relaxed tokens ``(b, l, v)`` the likeliest letters.
+
+    Raises:
+        ValueError: a token is none of the alphabet's.
+    """
+    letters = ALPHABETS[modality]
+    tokens = (data.argmax(-1) if data.ndim == 3 else data).tolist()
+    for row, numbers in enumerate(tokens):
+        for at, k in enumerate(numbers):
+            if not 0 <= k < len(letters):
+                raise ValueError(
+                    f"token {at + 1} of sequence {row + 1} is {k}; {modality} has {letters}, "
+                    f"numbered 0 to {len(letters) - 1}"
+                )
+    return ["".join(letters[k] for k in numbers) for numbers in tokens]
 
 
 def _take(value, indices):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffreward import Samples
+from diffreward.samples import ALPHABETS, Samples, to_strings, to_tokens
 
 
 def test_take_cat_and_len():
@@ -57,3 +57,17 @@ def test_cat_refuses_a_mixture():
         Samples.cat([a, Samples(torch.zeros(1, 2), "dna")])
     with pytest.raises(ValueError, match="at least one"):
         Samples.cat([])
+
+
+def test_letters_and_tokens():
+    assert to_tokens(" acGT", "dna").tolist() == [0, 1, 2, 3]
+    assert to_tokens(ALPHABETS["protein"], "protein").tolist() == list(range(20))
+    assert to_strings(torch.tensor([[0, 1], [3, 3]]), "rna") == ["AC", "UU"]
+    relaxed = torch.tensor([[[0.1, 0.2, 0.6, 0.1], [0.7, 0.1, 0.1, 0.1]]])
+    assert to_strings(relaxed, "dna") == ["GA"]
+    with pytest.raises(ValueError, match="letter 2 is 'N'; dna has ACGT"):
+        to_tokens("AN", "dna")
+    with pytest.raises(ValueError, match="empty"):
+        to_tokens(" ", "dna")
+    with pytest.raises(ValueError, match="token 2 of sequence 1 is 4; dna has ACGT"):
+        to_strings(torch.tensor([[0, 4]]), "dna")

@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from diffreward.samples import to_tokens
 from diffreward.scoring.readers import Item
 
 # Not every format of PIL: some start other programs (EPS) or read other files.
@@ -30,9 +31,6 @@ FORMATS = (
     "PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO",
     "TGA",
 )  # fmt: skip
-
-ALPHABETS = {"dna": "ACGT", "rna": "ACGU", "protein": "ACDEFGHIKLMNPQRSTVWY"}
-"""Token i of a sequence is letter i here; case makes no difference."""
 
 # Resized to cover a square, a strip of 2 x 100000 pixels would be larger than memory.
 _LARGEST_RESIZED = 2**24
@@ -70,7 +68,7 @@ class Decoder:
     """Decodes batches of items; indexed with them, as a DataLoader does.
 
     Args:
-        modality: ``"image"``, ``"text"``, or one of `ALPHABETS`.
+        modality: ``"image"``, ``"text"``, or one of `diffreward.samples.ALPHABETS`.
         preprocess: applied to every image, once each.
         raw: whether the images themselves are wanted too.
     """
@@ -117,7 +115,7 @@ class Decoder:
             return pixels, ", ".join(notes)
         if self.modality == "text":
             return item.data, ""
-        return tokens(item.data, self.modality), ""
+        return to_tokens(item.data, self.modality).numpy(), ""
 
     def _prepare(self, pixels: Any) -> dict[Callable, Tensor]:
         if not self.preprocess:
@@ -216,23 +214,6 @@ def _to_rgb(image: Image.Image, stored: str, notes: list[str]) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-def tokens(sequence: str, alphabet: str) -> np.ndarray:
-    """Letters as int64 ``(l,)``, numbered as in `ALPHABETS`.
-
-    Raises:
-        ValueError: the sequence is empty, or a letter is none of the alphabet's.
-    """
-    letters = ALPHABETS[alphabet]
-    sequence = sequence.strip().upper()
-    numbers = [letters.find(letter) for letter in sequence]
-    if not numbers:
-        raise ValueError("the sequence is empty")
-    if -1 in numbers:
-        at = numbers.index(-1)
-        raise ValueError(f"letter {at + 1} is {sequence[at]!r}; {alphabet} has {letters}")
-    return np.array(numbers, dtype=np.int64)
 
 
 def _reason(err: Exception) -> str:

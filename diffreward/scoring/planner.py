@@ -20,8 +20,8 @@ from torch import Tensor
 from diffreward.rewards import Reward, RewardSpec, evaluate, make_reward
 from diffreward.rewards.base import Scores, as_reward, find_reward
 from diffreward.rewards.towers import share_towers
-from diffreward.samples import Samples
-from diffreward.scoring.decode import ALPHABETS, Decoded, Decoder, to_float
+from diffreward.samples import ALPHABETS, Samples
+from diffreward.scoring.decode import Decoded, Decoder, to_float
 from diffreward.scoring.readers import Item
 
 CPU_BATCH = 32  # more does not make a CPU faster

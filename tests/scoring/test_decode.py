@@ -9,7 +9,7 @@ from picture_files import BROKEN, picture, pixels, png_header
 from PIL import Image, ImageCms
 
 from diffreward.rewards.towers import Preprocess
-from diffreward.scoring.decode import ALPHABETS, Decoder, decode_image, to_float, tokens
+from diffreward.scoring.decode import Decoder, decode_image, to_float
 from diffreward.scoring.readers import Inputs, Item
 
 
@@ -188,10 +188,6 @@ def test_half_of_a_tar_member(tmp_path):
 
 
 def test_tokens():
-    assert tokens("acGT", "dna").tolist() == [0, 1, 2, 3]
-    assert tokens(ALPHABETS["protein"], "protein").tolist() == list(range(20))
-    with pytest.raises(ValueError, match="letter 2 is 'N'"):
-        tokens("AN", "dna")
     items = [
         Item("a", data="ACG"),
         Item("b", data="A"),
