@@ -167,7 +167,9 @@ class FinetuneConfig:
         push_to_hub: repository (owner/name) that gets the trained weights and their card.
     """
 
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(num_steps=10))
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(num_steps=10, guidance_scale=1.0)
+    )
     reward: str | dict[str, Any] = "clip_score"
     algorithm: str | dict[str, Any] = field(
         default_factory=lambda: {"name": "prdp", "beta": 0.05, "passes": 1}
@@ -179,13 +181,14 @@ class FinetuneConfig:
     eval_prompts: str | list[str] | None = None
     training: Training = field(
         default_factory=lambda: Training(
-            iterations=20,
+            iterations=24,
             prompts_per_update=6,
-            samples_per_prompt=8,
-            learning_rate=1e-3,
+            samples_per_prompt=16,
+            learning_rate=3e-3,
             schedule="linear",
-            evaluate_every=10,
+            evaluate_every=12,
             eval_samples=8,
+            step_fraction=0.5,
         )
     )
     output: str | None = None

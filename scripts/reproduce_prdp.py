@@ -16,6 +16,9 @@
 (c) *KL.* PRDP with several beta, on ``clip_score`` and on ``colorfulness``, which is easily
     hacked; prompts and learning rate of (b). beta is given in standard deviations of the reward
     within prompts before training.
+(d) *Steps.* What the gradient of each step of the chain is made of, before training: batches of
+    samples each give a policy gradient (with advantages standardised in their prompts); what two
+    batches have in common is signal, the rest is noise.
 
 Compute is counted in rows of the UNet: those without gradient once, those with it three times.
 Evaluations do not count. Training reward: ``clip_score``; judges never trained on: ``clip_judge``
@@ -23,9 +26,7 @@ Evaluations do not count. Training reward: ``clip_score``; judges never trained 
 so small that the KL is inert, as it is with the paper's values.
 
 All arms learn from the first half of the chain's steps (``step_fraction``), and sample without
-guidance. With all ten steps the last one, which adds the least noise, has a gradient 300 times as
-large (squared) as the first seven together, no detectable part of which is due to the reward, and
-nothing is learnt in a budget like this; see docs/papers.md.
+guidance: (d) says why.
 
 Learning rates: the same grid for each arm, on a seed of its own and for a part of the compute; the
 rate whose run ends with the highest training reward wins, on prompts that are not held out. That
@@ -53,10 +54,12 @@ from tqdm import tqdm
 from diffreward import Samples, evaluate, load_policy, make_reward, rollout, sample_generators
 from diffreward._assets import asset_path
 from diffreward.algorithms import make_algorithm
-from diffreward.algorithms.base import group_std
+from diffreward.algorithms.base import group_mean, group_std
 from diffreward.files import plain, table, write_text
 from diffreward.finetuning import finetune
+from diffreward.finetuning.options import Training
 from diffreward.finetuning.record import read_metrics
+from diffreward.finetuning.trainable import Trainable
 from diffreward.rewards.shapes import random_scene
 
 PRDP = {"name": "prdp", "beta": 0.01}  # in standard deviations of the reward: the KL is inert
@@ -110,6 +113,7 @@ class Sizes:
         kl_seeds: of (c), the first ones.
         trained, unseen: prompts that evaluations have of each kind; in (b) and (c), of the latter.
         eval_samples: of each.
+        batches: of (d), 16 samples of each prompt of (a) in each.
         evaluate_every: iterations between evaluations on the way.
     """
 
@@ -128,6 +132,7 @@ class Sizes:
     trained: int = 8
     unseen: tuple[int, int] = (8, 24)
     eval_samples: tuple[int, int] = (8, 4)
+    batches: int = 10
     evaluate_every: int = 0
 
     def scaled(self, by: float) -> "Sizes":
@@ -146,7 +151,7 @@ QUICK = replace(
 TINY = Sizes(
     num_steps=2, prompts=(4, 4), samples=(2, 2), captions=16, queries=(8, 8, 0),
     compute=(400, 250, 150), grid=(1e-4, 3e-4), betas=(0.1, 1.0), rewards=("colorfulness",),
-    kl_seeds=1, trained=2, unseen=(1, 2), eval_samples=(2, 2), evaluate_every=0,
+    kl_seeds=1, trained=2, unseen=(1, 2), eval_samples=(2, 2), batches=3, evaluate_every=0,
 )  # fmt: skip
 
 
@@ -218,6 +223,8 @@ def plan(args, sizes: Sizes) -> list[Run]:
                 runs[Run(experiment, arm, TUNING_SEED, learning_rate=rate)] = None
 
     for experiment in args.only:
+        if experiment == "d":
+            continue  # no training
         if experiment == "c":
             grid("b", "prdp_minibatches")
             for seed in args.seeds[: sizes.kl_seeds]:
@@ -415,6 +422,48 @@ class Lab:
         write_text(folder / "row.json", json.dumps(plain(row)) + "\n")
         return row
 
+    def steps(self) -> list[dict]:
+        """Of each step, and of the first ones together: the squared norms of (d)."""
+        sizes, prompts = self.sizes, captions(self.sizes.prompts[0])
+        policy, k = self.policy(), 2 * sizes.samples[0]
+        trainable = Trainable(policy, Training())
+        parameters = list(trainable.parameters.values())
+        condition = policy.encode(prompts).repeat(k)
+        groups = torch.arange(len(prompts)).repeat_interleave(k)
+        found = torch.zeros(sizes.batches, sizes.num_steps, sum(p.numel() for p in parameters))
+        for batch in tqdm(range(sizes.batches), unit="batch"):
+            with torch.no_grad():
+                noise = sample_generators(TUNING_SEED, len(prompts), k, stream=batch)
+                path = rollout(policy, condition, noise, keep_path=True)
+                samples = policy.decode(path.final, condition)
+            value = evaluate(self.rewards["clip_score"], samples).value.double()
+            spread = group_std(value, groups).clamp(min=1e-6)
+            advantage = ((value - group_mean(value, groups)) / spread).float()
+            for i in range(sizes.num_steps):
+                law = policy.step_law(path.latents[i], i, condition)
+                loss = (advantage * law.log_prob(path.latents[i + 1])).mean()
+                parts = torch.autograd.grad(loss, parameters)
+                found[batch, i] = torch.cat([p.flatten() for p in parts])
+        rows = [("step", i + 1, found[:, i]) for i in range(sizes.num_steps)]
+        rows += [("first", i, found[:, :i].sum(1)) for i in range(2, sizes.num_steps + 1)]
+        return [{"of": of, "steps": n, **signal(g.double())} for of, n, g in rows]
+
+
+def signal(gradients: torch.Tensor) -> dict[str, float]:
+    """Of ``(n, d)`` independent gradients: mean squared norm, and the squared norm of their mean.
+
+    The latter without bias, as the mean inner product of two different ones, with its standard
+    error by the jackknife over batches.
+    """
+    n, products = len(gradients), gradients @ gradients.T
+    products.fill_diagonal_(0)
+    without = (products.sum() - 2 * products.sum(1)) / ((n - 1) * (n - 2))
+    return {
+        "norm": gradients.square().sum(1).mean().item(),
+        "signal": products.sum().item() / (n * (n - 1)),
+        "error": (without.var(correction=0) * (n - 1)).sqrt().item(),
+    }
+
 
 def has_checkpoint(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("checkpoint-*"))
@@ -465,6 +514,9 @@ def same_sizes(output: Path, sizes: Sizes) -> None:
 def perform(args, sizes: Sizes) -> None:
     same_sizes(args.output, sizes)
     runs = plan(args, sizes)
+    if "d" in args.only and not (args.output / "steps.json").exists():
+        rows = Lab(args, sizes).steps()
+        write_text(args.output / "steps.json", json.dumps(rows, indent=2) + "\n")
     left = [run for run in runs if load(args.output, run) is None]
     print(f"{len(runs)} runs, {len(runs) - len(left)} done")
     if not left:
@@ -626,10 +678,23 @@ def kl_study(rows: list[dict]) -> str:
     return "\n\n".join(texts) or "No run is done yet."
 
 
+def step_table(rows: list[dict]) -> str:
+    header = ["steps", "squared norm", "signal", "standard error", "signal / norm"]
+    lines = [
+        [
+            f"{'' if row['of'] == 'step' else 'first '}{row['steps']}", f"{row['norm']:.3g}",
+            f"{row['signal']:.2g}", f"{row['error']:.1g}", f"{row['signal'] / row['norm']:.3f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table(header, lines, markdown=True)
+
+
 def report(args) -> None:
     found = sorted(args.output.glob("*/*/row.json")) + sorted(args.output.glob("*/grid/*/row.json"))
     rows = [json.loads(path.read_text()) for path in found]
-    if not rows:
+    steps = args.output / "steps.json"
+    if not rows and not steps.exists():
         print(f"there are no finished runs in {args.output}, so there is nothing to report")
         return
     text = ["Changes since before training: mean over seeds and prompts, [95 % interval]."]
@@ -648,10 +713,13 @@ def report(args) -> None:
             text += ["Training reward over the run:", stability(by[experiment])]
     if main["c"]:
         text += ["### KL", kl_study(main["c"])]
+    if steps.exists():
+        text += ["### Steps", step_table(json.loads(steps.read_text()))]
     text = "\n\n".join(text)
     print(text)
     write_text(args.output / "report.md", text + "\n")
-    plot(main, args.output / "prdp.png")
+    if rows:
+        plot(main, args.output / "prdp.png")
 
 
 def plot(main: dict[str, list[dict]], path: Path) -> None:
@@ -710,7 +778,7 @@ def _smoothed(curve: list[dict], by: str) -> tuple[np.ndarray, np.ndarray]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/prdp"))
-    parser.add_argument("--only", nargs="+", choices="abc", default=list("abc"))
+    parser.add_argument("--only", nargs="+", choices="abcd", default=list("abcd"))
     parser.add_argument(
         "--arms", nargs="+", choices=NAMES, default=[a for a in NAMES if a != "reinforce"]
     )

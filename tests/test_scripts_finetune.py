@@ -91,6 +91,35 @@ def test_other_sizes_are_refused(done):
         prdp.main(["--tiny", "--scale", "2", "--only", "c", "--output", str(done)])
 
 
+def test_signal_is_what_gradients_have_in_common():
+    """(n, d): the same vector; opposite ones; a mean and noise, many times over."""
+    same = prdp.signal(torch.full((4, 9), 2.0))
+    assert same == pytest.approx({"norm": 36, "signal": 36, "error": 0})
+    opposite = prdp.signal(torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]))
+    assert opposite["signal"] == pytest.approx(-1 / 3) and opposite["norm"] == 1
+    found, rng = [], torch.Generator().manual_seed(0)
+    for _ in range(2000):  # signal 1, norm 1 + 5
+        noise = torch.randn(8, 5, generator=rng)
+        found.append(prdp.signal(noise + torch.tensor([1.0, 0, 0, 0, 0])))
+    signals = np.array([f["signal"] for f in found])
+    assert abs(signals.mean() - 1) < 4 * signals.std() / 2000**0.5
+    assert np.mean([f["norm"] for f in found]) == pytest.approx(6, rel=0.02)
+    # the jackknife is conservative for products, with few batches above all
+    assert 0.95 < np.mean([f["error"] ** 2 for f in found]) / signals.var() < 1.6
+
+
+def test_steps_are_measured_once(tmp_path, capsys):
+    command = ["--tiny", "--only", "d", "--output", str(tmp_path)]
+    prdp.main(command)
+    rows = json.loads((tmp_path / "steps.json").read_text())
+    assert [(r["of"], r["steps"]) for r in rows] == [("step", 1), ("step", 2), ("first", 2)]
+    assert all(0 < r["norm"] for r in rows)
+    assert "| first 2 |" in capsys.readouterr().out
+    (tmp_path / "steps.json").write_text(json.dumps(rows[:1]))
+    prdp.main(command)
+    assert "first 2" not in capsys.readouterr().out
+
+
 def test_interrupted_run_goes_on(done):
     """Without its last mark it is trained from its checkpoint, to the same marks."""
     folder = done / "a/prdp_minibatches-seed0"

@@ -228,11 +228,6 @@ def check_run(
         FileExistsError: the output holds another run.
     """
     _check_options(training)
-    if algorithm.family != "trajectory" and training.step_fraction != 1:
-        raise ValueError(
-            f"step_fraction is for algorithms that learn from the steps of a trajectory, and "
-            f"{type(algorithm).__name__} does not; leave it at 1"
-        )
     batches = Batches(
         training.prompts_per_update, training.samples_per_prompt, algorithm.minibatches,
         processes, training.max_batch, num_prompts,

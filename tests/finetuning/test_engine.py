@@ -107,9 +107,9 @@ class Everything(TrajectoryAlgorithm):
         return (pairs**2).mean() + (kl * late).pow(2).sum() + 0.3 * (kl * late).sum()
 
 
-@pytest.mark.parametrize("max_batch", [None, 4])
-def test_two_passes_give_the_gradient_of_the_whole_graph(max_batch):
-    e = engine(Everything(), max_batch=max_batch)
+@pytest.mark.parametrize("max_batch, fraction, steps", [(None, 1.0, 3), (4, 1.0, 3), (4, 0.6, 2)])
+def test_two_passes_give_the_gradient_of_the_whole_graph(max_batch, fraction, steps):
+    e = engine(Everything(), max_batch=max_batch, step_fraction=fraction)
     with torch.no_grad():  # away from the reference, where the gradient of the KL is 0
         for p in e.parameters:
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
@@ -122,7 +122,7 @@ def test_two_passes_give_the_gradient_of_the_whole_graph(max_batch):
 
     e.optimizer.zero_grad()
     reference, columns, kls = e.trainable.reference, [], []
-    for i in range(e.policy.num_steps):
+    for i in range(steps):  # of 3
         law = e.policy.step_law(ro.latents[i], i, ro.condition)
         columns.append(law.log_prob(ro.latents[i + 1]))
         kls.append(law.kl(reference.step_law(ro.latents[i], i, ro.condition)))
@@ -365,6 +365,8 @@ def test_bad_options_are_refused_before_anything_is_computed():
         finetune(Untouchable(), red, prompts=PROMPTS, learning_rat=1)
     with pytest.raises(ValueError, match="iterations must be at least 1, but 0 came"):
         finetune(Untouchable(), red, prompts=PROMPTS, iterations=0)
+    with pytest.raises(ValueError, match=r"step_fraction lies in \(0, 1\], but 1.5 came"):
+        finetune(Untouchable(), red, prompts=PROMPTS, step_fraction=1.5)
     with pytest.raises(ValueError, match="this policy is deterministic"):
         finetune(Untouchable(), red, "prdp", PROMPTS)
     with pytest.raises(ValueError, match="no algorithm 'prpd'; did you mean 'prdp'"):
