@@ -59,6 +59,10 @@ class Algorithm(ABC):
             ValueError: what the algorithm needs, and the reward declares that it has not.
         """
 
+    def at(self, progress: float) -> Algorithm:
+        """The algorithm as it is when this share of the iterations is done: for schedules."""
+        return self
+
     def credit(
         self, scores: Scores, groups: Int[Tensor, " b"], prompts: Sequence[str], history: History
     ) -> Scores:
@@ -158,7 +162,8 @@ class PathwiseAlgorithm(Algorithm):
         """One loss per sample, with its graph, the samples it scored and their scores.
 
         Samples are independent: the engine takes a batch in as many pieces as memory asks for. The
-        update descends the mean of the losses.
+        update descends the mean of the losses. With ``needs_reference`` the pretrained policy
+        comes as a further argument, ``reference``. A part of the scores named "kl" is logged.
 
         Raises:
             ValueError: the rewards have no gradient, or one is infinite.

@@ -24,13 +24,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffreward.finetuning.sharding import part
+
 STATE = "state.json"
 UNFINISHED = ".unfinished-"  #: begins the name of what is being written or removed
 REPLACED = ".replaced-"  #: begins the name of a checkpoint while its successor takes its place
 
 MAY_DIFFER = (
     "training.iterations", "training.max_batch", "training.decode_batch",
-    "training.activation_checkpointing", "training.compile", "training.checkpoint_every",
+    "training.activation_checkpointing", "training.compile", "training.shard",
+    "training.checkpoint_every",
     "training.keep_checkpoints", "training.evaluate_every", "training.loggers", "training.guard",
 )  # fmt: skip
 """Settings that a resumed run may change: what it does stays the same, but for rounding."""
@@ -199,7 +202,10 @@ def load_optimizer_tensors(
                 + here
             )
         # load_state_dict keeps tensors that need no conversion, and steps change them in place
-        state.setdefault(index[name], {})[quantity] = value.clone()
+        value = value.clone()
+        if value.shape == shape:
+            value = part(value, parameters[index[name]])
+        state.setdefault(index[name], {})[quantity] = value
     groups = optimizer.state_dict()["param_groups"]
     rates = tensors["lr"].tolist() if "lr" in tensors else []
     if len(rates) != len(groups):

@@ -55,6 +55,7 @@ from diffreward.finetuning.record import (
     push_to_hub,
     read_metrics,
 )
+from diffreward.finetuning.sharding import Lockstep, local, whole
 from diffreward.finetuning.team import Team
 from diffreward.finetuning.trainable import Trainable
 from diffreward.policy import Condition, Policy, path_log_prob, rollout, sample_generators
@@ -265,7 +266,8 @@ class Engine:
         hub: str | None = None,
         progress: bool = True,
     ) -> None:
-        self.policy, self.reward, self.algorithm = policy, reward, algorithm
+        self.policy, self.reward = policy, reward
+        self.given = self.algorithm = algorithm  # the latter as it is at this iteration
         self.training, self.prompts = training, prompts
         _check_options(training)
         algorithm.check(reward)
@@ -275,13 +277,13 @@ class Engine:
                 "policy is deterministic; load it with eta > 0 (ddim), or a stochastic kernel "
                 "(ddpm, flow_sde, flow_renoise)"
             )
-        self.team = Team(policy.device)
+        self.team = Team(policy.device, training.shard)
         self.batches, start = check_run(
             algorithm, training, len(prompts), self.team.size, output=output, resume=resume, hub=hub
         )
         self.hub = hub
 
-        self.trainable = Trainable(policy, training)
+        self.trainable = Trainable(policy, training, self.team)
         self.parameters = list(self.trainable.parameters.values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=training.learning_rate, betas=tuple(training.betas),
@@ -369,19 +371,21 @@ class Engine:
 
     def _finish(self, stopped: str | None) -> None:
         """The results, the numbers first."""
-        if self.folder is None or not self.team.is_main:
+        if self.folder is None or not (self.team.is_main or self.team.shard):
+            return
+        self.trainable.save(self.folder / "final")
+        if not self.team.is_main:
             return
         model = self.settings.get("model", {}).get("spec") or self.settings["policy"]["type"]
-        self.trainable.save(self.folder / "final")
         self.record.finish(
             Card(
                 model=model,
-                algorithm=type(self.algorithm).__name__,
+                algorithm=type(self.given).__name__,
                 reward=self.reward.info.name,
                 iterations=self.iteration,
                 method=self.training.method,
                 prompts=f"{len(self.prompts)} prompts",
-                options=asdict(self.algorithm) | _training_options(self.training),
+                options=asdict(self.given) | _training_options(self.training),
                 note="The guard stopped the run." if stopped else "",
             )
         )
@@ -392,6 +396,7 @@ class Engine:
         """One rollout and its updates."""
         started, cost = time.monotonic(), self.compute.counts()
         found: list[dict[str, float]] = []
+        self.algorithm = self.given.at(self.iteration / self.training.iterations)
         if self.algorithm.family == "pathwise":
             scores, groups = self._pathwise(found)
         else:
@@ -429,7 +434,10 @@ class Engine:
 
     def _autocast(self):
         enabled = self.training.mixed_precision == "bf16"
-        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(
+            self.policy.device.type, torch.bfloat16, enabled=enabled,
+            cache_enabled=not self.team.shard,  # it would keep what is to go after each block
+        )  # fmt: skip
 
     # -- collect ------------------------------------------------------------------------------
 
@@ -444,7 +452,7 @@ class Engine:
 
         def interrupt(steps):
             for i in steps:
-                if asked():
+                if self.team.any(asked()):  # a signal reaches each process at another moment
                     raise Interrupted
                 yield i
 
@@ -599,21 +607,19 @@ class Engine:
     ) -> Tensor | None:
         """Gradients of the matrices' entries, weighted; one step's activations at a time.
 
-        Entries of weight 0 are not computed. With ``check``, the log-probabilities met are given
-        back, NaN for the others.
+        Entries of weight 0 are not computed, unless other processes need it. With ``check``, the
+        log-probabilities met are given back, NaN for the others.
         """
         met = torch.full_like(by_log_prob, torch.nan) if check else None
         needed = (by_log_prob != 0) | (by_kl != 0)
-        size = self.training.max_batch or max(len(at), 1)
+        always = self.team.shard and self.algorithm.needs_kl
         for i in range(self.steps):
-            for some in needed[:, i].nonzero().squeeze(1).split(size):
-                if not len(some):
-                    continue
+            for some in self._pieces(needed[:, i]):
                 condition = ro.condition.take(at[some])
                 x, law = self._law(self.policy, ro, at[some], condition, i)
                 log_prob = law.log_prob(x)
                 total = (by_log_prob[some, i].to(log_prob) * log_prob).sum()
-                if by_kl[some, i].any():
+                if always or by_kl[some, i].any():
                     with torch.no_grad():
                         reference = self._law(self.trainable.reference, ro, at[some], condition, i)
                     kl = law.kl(reference[1])
@@ -622,6 +628,17 @@ class Engine:
                 if check:
                     met[some, i] = log_prob.detach().double().cpu()
         return met
+
+    def _pieces(self, needed: Tensor) -> list[Tensor]:
+        """The rows of each network call, of those that are needed.
+
+        If the network is shared out, there are as many calls on each process: other rows fill up.
+        """
+        rows = needed.nonzero().squeeze(1)
+        if self.team.shard:
+            more = max(self.team.gather(len(rows))) - len(rows)
+            rows = torch.cat([rows, (~needed).nonzero().squeeze(1)[:more]])
+        return [some for some in rows.split(self.training.max_batch or len(needed)) if len(some)]
 
     def _denoising(self, ro: Rollout, m: int, pass_: int) -> dict[str, float]:
         algorithm = self.algorithm
@@ -653,11 +670,9 @@ class Engine:
         loss.backward()
         weights = error.grad[torch.isin(update, rows)]
         for s in draws:
-            needed = weights[:, s].nonzero().squeeze(1)
-            for some in needed.split(self.training.max_batch or max(len(at), 1)):
-                if len(some):
-                    e = errors(self.policy, some, s)
-                    (weights[some, s].to(e) * e).sum().backward()
+            for some in self._pieces(weights[:, s] != 0):
+                e = errors(self.policy, some, s)
+                (weights[some, s].to(e) * e).sum().backward()
         return {"loss": loss.item(), **self._step()}
 
     def _pathwise(self, found: list[dict[str, float]]) -> tuple[Scores, Tensor]:
@@ -667,19 +682,27 @@ class Engine:
         losses, scores = [], []
         for some in rows.split(self.training.max_batch or len(rows)):
             condition = self.conditions.take([chosen[r // b] for r in some.tolist()])
+            policies, lockstep = [self.policy, self.trainable.reference], None
+            if self.team.shard:
+                again = getattr(self.algorithm, "checkpoint", False)
+                lockstep = Lockstep(self.team, policies, condition, again)
+                policies = lockstep.policies
+            extra = {"reference": policies[1]} if self.algorithm.needs_reference else {}
             with self._autocast():
                 loss, _, score = self.algorithm.loss(
-                    self.policy, condition, self._generators(some, chosen),
-                    lambda samples: evaluate(self.reward, samples),
+                    policies[0], condition, self._generators(some, chosen),
+                    lambda samples: evaluate(self.reward, samples), **extra,
                 )  # fmt: skip
-            (loss.sum() / total).backward()
+                rest = lockstep.finish() if lockstep else 0.0
+            (loss.sum() / total + rest).backward()
             losses.append(loss.detach())
-            detached = Scores(score.value.detach(), None, {})
-            scores.append(detached)
+            logged = {name: score.parts[name] for name in ("kl",) if name in score.parts}
+            scores.append(Scores(score.value.detach(), None, logged))
         whole = self._whole(rows, Scores.cat(scores))
         self._check_rewards(whole)
         loss = self._all(rows, torch.cat(losses)).mean().item()
-        found.append({"loss": loss, **self._step()})
+        parts = {name: part.mean().item() for name, part in whole.parts.items()}
+        found.append({"loss": loss, **parts, **self._step()})
         return whole, torch.arange(total) // b
 
     def _step(self) -> dict[str, float]:
@@ -691,6 +714,7 @@ class Engine:
                 p.grad = torch.zeros_like(p)
         self.team.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm)
+        norm = whole({"norm": norm}, keep=True)["norm"]
         if not torch.isfinite(norm):
             raise RuntimeError(
                 f"the gradient of update {self.updates + 1} is {norm.item()}, and the weights are "
@@ -757,7 +781,7 @@ class Engine:
                 f"self-check: {len(others)} parameters that are not trained have gradients, such "
                 f"as {others[0]!r}; set requires_grad to False for them"
             )
-        reached = any(p.grad is not None and bool(p.grad.any()) for p in self.parameters)
+        reached = any(p.grad is not None and bool(local(p.grad).any()) for p in self.parameters)
         if not self.team.any(reached):
             warnings.warn(
                 "the first update has no gradient: are all rewards of each prompt equal?",
@@ -769,13 +793,13 @@ class Engine:
     def _save(self) -> None:
         if self.folder is None:
             return
-        if self.team.is_main:
-            names = list(self.trainable.parameters)
-            tensors = {
-                "model": self.trainable.state_dict(),
-                "optimizer": optimizer_tensors(self.optimizer, names),
-                "rng": {"torch": torch.get_rng_state()},
-            }
+        main, names = self.team.is_main, list(self.trainable.parameters)
+        tensors = {
+            "model": whole(self.trainable.state_dict(), keep=main),
+            "optimizer": whole(optimizer_tensors(self.optimizer, names), keep=main),
+            "rng": {"torch": torch.get_rng_state()},
+        }
+        if main:
             state = {
                 "iteration": self.iteration,
                 "updates": self.updates,

@@ -355,9 +355,13 @@ class Evaluator:
         n, own = len(self.prompts) * self.k, list(self.team.rows(len(self.prompts) * self.k))
         generators = sample_generators(self.seed, len(self.prompts), self.k, stream=STREAM)
         parts = []
+        calls, most = (_split(r, self.max_batch) for r in (own, range(-(-n // self.team.size))))
         with torch.no_grad():
-            for rows in _split(own, self.max_batch):
+            for rows in calls:
                 parts += self._sample(rows, [generators[row] for row in rows])
+            if self.team.shard and len(calls) < len(most):  # others need this process for theirs
+                measured = _Measured(self.policy, self.reference)
+                rollout(measured, self.condition.take([0]), generators[:1])
         parts = [part for found in self.team.gather(parts) for part in found]
         samples = Samples.cat([part.samples for part in parts])
         assert len(samples) == n

@@ -73,6 +73,8 @@ class Training:
         compile: torch.compile the network.
         mixed_precision: bf16 runs a network with float32 weights in bfloat16; no: in the weights'
             own precision. Adapters are float32 in any case.
+        shard: share the network out over the processes (FSDP2): each keeps a part of the weights,
+            and with method=full of gradients, averages and AdamW's state. No effect on one process.
         checkpoint_every: iterations between checkpoints; 0: only where a run ends.
         keep_checkpoints: older ones are removed.
         evaluate_every: iterations between evaluations; 0: only before and after.
@@ -103,6 +105,7 @@ class Training:
     activation_checkpointing: bool = False
     compile: bool = False
     mixed_precision: Literal["no", "bf16"] = "no"
+    shard: bool = False
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     evaluate_every: int = 25

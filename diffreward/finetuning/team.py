@@ -7,6 +7,7 @@ sample, and gives the same numbers whatever the number of processes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class Team:
@@ -21,16 +23,20 @@ class Team:
 
     Args:
         device: of this process.
+        shard: share the network out over the processes.
 
     Attributes:
         rank: of this process, 0 to ``size - 1``.
         size: number of processes.
+        shard: the network is shared out, so that all processes must make each call of it together.
 
     Raises:
         ValueError: there are several processes, and this one has another's device.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    shard: bool = False
+
+    def __init__(self, device: torch.device, shard: bool = False) -> None:
         # its state is global, and an `Accelerator` would fix the precision of all later runs
         known = bool(PartialState._shared_state)
         self.state = PartialState() if known else PartialState(cpu=device.type == "cpu")
@@ -39,6 +45,13 @@ class Team:
             raise ValueError(
                 f"the model of process {self.rank} is on {device}, and its device is "
                 f"{self.state.device}; load it with device={str(self.state.device)!r}"
+            )
+        self.shard = shard and self.size > 1
+        if shard and not self.shard:
+            warnings.warn(
+                "shard shares the network out over processes, and there is one: it stays whole. "
+                "Start several with torchrun or accelerate launch",
+                stacklevel=2,
             )
 
     @property
@@ -66,13 +79,19 @@ class Team:
         return torch.cat(self.gather(rows)).to(rows.device)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace each gradient by its sum over the processes; one message per dtype."""
+        """Replace each gradient by its sum over the processes; one message per dtype.
+
+        Those of parameters that are shared out have been averaged in the backward pass.
+        """
         if self.size == 1:
             return
         parameters = list(parameters)
         for p in parameters:
             if p.grad is None:  # this process had no rows with a gradient
                 p.grad = torch.zeros_like(p)
+            if isinstance(p.grad, DTensor):
+                p.grad.mul_(self.size)
+        parameters = [p for p in parameters if not isinstance(p.grad, DTensor)]
         for dtype in sorted({p.grad.dtype for p in parameters}, key=str):
             grads = [p.grad for p in parameters if p.grad.dtype == dtype]
             flat = torch.cat([g.flatten() for g in grads])

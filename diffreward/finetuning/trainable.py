@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from diffreward.finetuning.options import LoRA, Training
+from diffreward.finetuning.sharding import gathered, part, share_out
+from diffreward.finetuning.team import Team
 from diffreward.policies.gaussian import adapter_layers
 from diffreward.policies.lora import ADAPTER, PEFT_FILE, PEFT_PREFIX, network_name
 
@@ -46,6 +48,7 @@ class Trainable:
     Args:
         policy: its network is ``policy.denoiser``.
         training: which part is trained, and how.
+        team: the processes, over which the network is shared out if they say so.
 
     Attributes:
         policy: the same object; its law is the trained one.
@@ -59,7 +62,7 @@ class Trainable:
             match no layer, a rank below 1, no support for activation checkpointing.
     """
 
-    def __init__(self, policy: Any, training: Training) -> None:
+    def __init__(self, policy: Any, training: Training, team: Team | None = None) -> None:
         network = getattr(policy, "denoiser", None)
         if not isinstance(network, nn.Module):
             raise ValueError(
@@ -73,11 +76,14 @@ class Trainable:
                 "fuse=True)), so that the pretrained model is the one with them; or unload them"
             )
         self.policy, self.network, self.training = policy, network, training
+        self.team = team if team is not None and team.shard else None
         for module in [network, *getattr(getattr(policy, "pipe", None), "components", {}).values()]:
             if isinstance(module, nn.Module):
                 module.requires_grad_(False)
         network.eval()
         if training.method == "lora":
+            if self.team is not None:  # before adapters are added, which so stay whole
+                share_out(network, policy.device)
             _add_lora(network, training.lora, training.seed)
             self.reference = policy.reference()
         else:
@@ -85,9 +91,15 @@ class Trainable:
             if training.mixed_precision != "no":
                 _raise_half(network.parameters())
                 _raise_half(network.buffers())
+            if self.team is not None:  # the device need not hold the network and its copy
+                device = policy.device
+                network.cpu()
             self.reference = policy.reference()
             for p in network.parameters():
                 p.requires_grad_(p.is_floating_point())
+            if self.team is not None:
+                for n in dict.fromkeys((network, self.reference.denoiser)):
+                    share_out(n, device)
         self.parameters: dict[str, nn.Parameter] = dict(
             sorted((name, p) for name, p in network.named_parameters() if p.requires_grad)
         )
@@ -134,7 +146,10 @@ class Trainable:
     # Resuming
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trained weights by name, and the average as ``ema/<name>`` and ``ema/steps``."""
+        """The trained weights by name, and the average as ``ema/<name>`` and ``ema/steps``.
+
+        Weights that are shared out are so here; `sharding.whole` puts them together.
+        """
         state = {name: p.detach() for name, p in self.parameters.items()}
         if self._ema is not None:
             average = zip(self.parameters, self._ema.shadow_params, strict=True)
@@ -143,7 +158,7 @@ class Trainable:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the values of another's `state_dict`; nothing is changed if it does not fit.
+        """Take the values of another's `state_dict`, whole; nothing is changed if it does not fit.
 
         Raises:
             ValueError: other names, shapes or dtypes; they are named.
@@ -166,7 +181,7 @@ class Trainable:
                 + more
             )
         for name, value in own.items():
-            value.copy_(state[name])
+            value.copy_(part(state[name], value))
         if self._ema is not None:
             self._ema.optimization_step = int(state["ema/steps"])
 
@@ -177,19 +192,28 @@ class Trainable:
 
         A LoRA: what ``pipe.load_lora_weights(folder)`` reads, or peft's format (see the module).
         All weights: a pipeline for ``from_pretrained(folder)``; of a policy without one,
-        ``model.safetensors``, for ``safetensors.torch.load_model(policy.denoiser, file)``.
+        what its network's ``save_pretrained`` writes, or ``model.safetensors``, for
+        ``safetensors.torch.load_model(policy.denoiser, file)``.
 
         Everything is written beside ``folder`` and moved into it at the end, over files of the same
-        names; other files in it stay.
+        names; other files in it stay. If the network is shared out, all processes must call this,
+        and the main one writes.
         """
-        folder = Path(folder)
+        main, together = self.team is None or self.team.is_main, nullcontext()
+        with self.averaged():
+            if self.team is not None and self.training.method == "full":
+                together = gathered(self.network, keep=main)
+            with together:
+                if main:
+                    self._save(Path(folder))
+
+    def _save(self, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = folder.parent / f".unfinished-{folder.name}"
         shutil.rmtree(unfinished, ignore_errors=True)  # of a save that was killed
         try:
             unfinished.mkdir()
-            with self.averaged():
-                self._write(unfinished)
+            self._write(unfinished)
             for file in sorted(p for p in unfinished.rglob("*") if p.is_file()):
                 final = folder / file.relative_to(unfinished)
                 final.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +224,9 @@ class Trainable:
     def _write(self, folder: Path) -> None:
         pipe = getattr(self.policy, "pipe", None)
         if self.training.method == "full":
-            if pipe is None:
+            if pipe is None and hasattr(self.network, "save_pretrained"):
+                self.network.save_pretrained(folder)
+            elif pipe is None:
                 save_model(self.network, str(folder / FULL_FILE))
             else:
                 pipe.save_pretrained(folder)
