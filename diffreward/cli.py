@@ -67,7 +67,7 @@ def steer(argv: Sequence[str]) -> int:
             _check_options(config, guide)
             judges = _judges(config, guide, prompts)
             say(f"loading {config.model.spec}")
-            policy = load_policy(**vars(config.model))
+            policy = load_policy(config.model.spec, **config.model.arguments())
         started = time.monotonic()
         result = steering.steer(policy, guide, prompts, seed=config.seed, **vars(config.steer))
         seconds = round(time.monotonic() - started, 1)
@@ -87,7 +87,8 @@ def _check_options(config: SteerConfig, guide) -> None:
     options = dict(vars(config.steer))
     options.pop("best_of_n")
     fk = FeynmanKac(**{field.name: options.pop(field.name) for field in fields(FeynmanKac)})
-    fk.steps(config.model.num_steps)
+    if config.model.num_steps is not None:
+        fk.steps(config.model.num_steps)
     check_options(guide, **options)
 
 
@@ -160,7 +161,7 @@ def finetune(argv: Sequence[str]) -> int:
                 say(f"{reward.info.name} is trained on, so it is left out of the judges")
             judges = [make_reward(spec) for spec in config.judges if spec != config.reward]
             say(f"loading {config.model.spec}")
-            policy = load_policy(**vars(config.model))
+            policy = load_policy(config.model.spec, **config.model.arguments())
             engine = finetuning.Engine(
                 policy, reward, algorithm, prompts, config.training, judges=judges,
                 eval_prompts=eval_prompts, output=folder, resume=config.resume,

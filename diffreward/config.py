@@ -49,8 +49,9 @@ class ModelConfig:
 
     Args:
         spec: "embedded:emoji", a folder, or a hub id such as
-            "stable-diffusion-v1-5/stable-diffusion-v1-5".
-        num_steps: denoising steps.
+            "stable-diffusion-v1-5/stable-diffusion-v1-5"; of sequences "embedded:dna",
+            "embedded:protein", or a PDB or mmCIF file.
+        num_steps: denoising steps; null: 25 of a pipeline, 64 of DNA, 50 of proteins.
         kernel: how a step is drawn: ddim or ddpm; flow_renoise or flow_sde for flow-matching
             models; null: the first that fits.
         eta: noise of ddim; 1 is as much as ancestral sampling, 0 cannot be steered.
@@ -62,10 +63,12 @@ class ModelConfig:
         dtype: of the networks; null: bfloat16 on CUDA, else float32.
         device: cpu, cuda, cuda:1, mps, ...; null: CUDA if there is one.
         lora: folder or hub id of a LoRA for it, such as the final/ of a finetuning run.
+        options: of models of sequences, in place of those above from kernel to width: length,
+            structure, design, omit, temperature, schedule, relaxation, tau, ...
     """
 
     spec: str = "embedded:emoji"
-    num_steps: int = 25
+    num_steps: int | None = None
     kernel: str | None = None
     eta: float = 1.0
     noise_level: float = 0.7
@@ -76,6 +79,14 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = None
     lora: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Of `load_policy`: what differs from the defaults, some of which not every model has."""
+        default = ModelConfig()
+        own = {name: v for name, v in vars(self).items() if v != getattr(default, name)}
+        own.pop("spec", None)
+        return own | own.pop("options", {})
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,7 @@ class SteerConfig:
         output: folder for the results, which must not exist; null: a new one under runs/.
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(num_steps=25))
     reward: str | dict[str, Any] = "clip_score"
     judges: list[str | dict[str, Any]] = field(
         default_factory=lambda: ["clip_judge", "shapes_checker"]

@@ -187,12 +187,14 @@ def test_steering_options_are_those_of_steer():
     assert ours == {**theirs, "best_of_n": True}
 
 
-def test_model_options_are_those_of_load_policy():
-    from diffreward.policies import load_policy
+def test_model_options_are_those_of_load_pipeline():
+    from diffreward.policies import load_pipeline
 
-    signature = inspect.signature(load_policy).parameters
+    signature = inspect.signature(load_pipeline).parameters
     theirs = {name: p.default for name, p in signature.items() if name != "spec"}
-    assert vars(ModelConfig()) == {"spec": "embedded:emoji", **theirs}
+    own = {"spec": "embedded:emoji", "num_steps": None, "options": {}}  # steps by the model
+    assert vars(ModelConfig()) == {**theirs, **own}
+    assert SteerConfig().model.num_steps == theirs["num_steps"]
 
 
 # -- prompts ------------------------------------------------------------------------------------

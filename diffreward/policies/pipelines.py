@@ -9,165 +9,30 @@ fresh scheduler of the same configuration.
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
-import os
-import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffreward._assets import asset_path
 from diffreward.policies.gaussian import DDIM, DDPM, FlowRenoise, FlowSDE, GaussianPolicy
-from diffreward.policies.lora import load_lora
 from diffreward.policy import Condition, Generators, randn
 from diffreward.samples import Samples
 
 VP_KERNELS = ("ddim", "ddpm")
 FLOW_KERNELS = ("flow_sde", "flow_renoise")
 
-# what an embedded model is loaded with unless the caller says otherwise
-EMBEDDED: dict[str, dict[str, Any]] = {"emoji": {"guidance_scale": 3.0}}
-
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampler options of `load_policy`; see there."""
+    """Sampler options of `load_pipeline`; see there."""
 
     num_steps: int = 25
     kernel: str | None = None
     eta: float = 1.0
     noise_level: float = 0.7
-
-
-def load_policy(
-    spec: Any,
-    *,
-    num_steps: int = 25,
-    kernel: str | None = None,
-    eta: float = 1.0,
-    noise_level: float = 0.7,
-    guidance_scale: float | None = None,
-    negative_prompt: str = "",
-    height: int | None = None,
-    width: int | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    lora: str | os.PathLike | None = None,
-) -> PipelinePolicy:
-    """A policy from a diffusers pipeline.
-
-    Args:
-        spec: a pipeline object (Stable Diffusion 1.x/2.x, XL, 3/3.5, FLUX.1, unconditional
-            DDPM/DDIM), a local folder, a hub id, or "embedded:emoji".
-        num_steps: T, denoising steps; at most the training steps of an epsilon- or v-prediction
-            model.
-        kernel: "ddim" or "ddpm" for epsilon- and v-prediction models; "flow_sde" or
-            "flow_renoise" for flow-matching ones. None: ddim (ddpm for a DDPMPipeline) and
-            flow_sde. flow_renoise is what diffusers' ``stochastic_sampling`` does; it shrinks the
-            spread of the samples, to 0.65 of the data's in 28 steps on a Gaussian.
-        eta: noise of ddim, in [0, 1]; 0 is deterministic, which steering refuses.
-        noise_level: noise of flow_sde, at least 0.
-        guidance_scale: as in diffusers; None: the default of the pipeline.
-        negative_prompt: for classifier-free guidance.
-        height, width: pixels; None: the model's own.
-        dtype: of the networks; None: as they are in a pipeline object, else float32, or bfloat16
-            on CUDA. Latents are float32 in any case.
-        device: None: where a pipeline object is, else CUDA if there is one.
-        lora: folder or hub id of a LoRA, which is added to the weights; see `load_lora`.
-
-    Raises:
-        FileNotFoundError: no such folder; a hub id that is neither cached nor reachable.
-        ValueError: an unknown embedded model or kernel, a kernel of the wrong path, a pipeline
-            class that has no family here, a scheduler or an option of it that is not supported, a
-            network that predicts variances, a number out of its range.
-    """
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, but {dtype!r} came")
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, but {num_steps} came")
-    every = (*VP_KERNELS, *FLOW_KERNELS)
-    if kernel is not None and kernel not in every:
-        near = difflib.get_close_matches(kernel, every, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown kernel {kernel!r}{hint} Known: {', '.join(every)}")
-    pipe = _load(spec, dtype, device) if isinstance(spec, str | os.PathLike) else spec
-    name = type(pipe).__name__
-    if name not in FAMILIES:
-        raise ValueError(
-            f"there is no policy for {name}; there is one for {', '.join(FAMILIES)}. Any other "
-            "pipeline can be steered with diffreward.steered(pipe, ...)"
-        )
-    if spec is pipe and (dtype is not None or device is not None):
-        pipe.to(**{k: v for k, v in {"dtype": dtype, "device": device}.items() if v is not None})
-    if guidance_scale is None:
-        embedded = EMBEDDED.get(str(spec).removeprefix("embedded:"), {})
-        parameters = inspect.signature(type(pipe).__call__).parameters
-        own = parameters["guidance_scale"].default if "guidance_scale" in parameters else 1.0
-        guidance_scale = embedded.get("guidance_scale", own)
-    sampling = Sampling(num_steps, kernel, eta, noise_level)
-    policy = FAMILIES[name](pipe, sampling, float(guidance_scale), negative_prompt, height, width)
-    if lora is not None:
-        load_lora(policy, lora, fuse=True)
-    return policy
-
-
-def _load(spec: str | os.PathLike, dtype, device):
-    spec = os.fspath(spec)
-    if spec.startswith("embedded:"):
-        name = spec.removeprefix("embedded:")
-        if name not in EMBEDDED:
-            near = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.3)
-            hint = f"; did you mean 'embedded:{near[0]}'?" if near else "."
-            raise ValueError(
-                f"there is no embedded model {name!r}{hint} Known: "
-                + ", ".join(f"embedded:{n}" for n in EMBEDDED)
-            )
-        folder = str(asset_path(name))
-    else:
-        folder = _folder_or_id(spec, "model")
-        if Path(folder).exists() and not (Path(folder) / "model_index.json").is_file():
-            raise FileNotFoundError(
-                f"{spec!r} holds no diffusers pipeline: there is no model_index.json in it"
-            )
-    from diffusers import DiffusionPipeline
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype is None:
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
-    except OSError as err:
-        if Path(folder).exists():
-            raise
-        raise FileNotFoundError(
-            f"the model {spec!r} is neither a folder here nor in the local cache, and the hub "
-            "could not be reached for it; check the id and the network (HF_HUB_OFFLINE must not "
-            "be 1), or give the path of a downloaded folder"
-        ) from err
-    for module in pipe.components.values():
-        # one dtype everywhere: text encoders otherwise keep that of their files
-        if isinstance(module, torch.nn.Module) and module.dtype != dtype:
-            module.to(dtype)
-    return pipe.to(device)
-
-
-def _folder_or_id(spec: str, what: str) -> str:
-    if Path(spec).expanduser().exists():
-        return str(Path(spec).expanduser())
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec) is None:
-        raise FileNotFoundError(
-            f"the {what} folder {spec!r} does not exist (and it is not a hub id, which reads "
-            "owner/name)"
-        )
-    return spec
 
 
 class PipelinePolicy(GaussianPolicy):
@@ -483,7 +348,7 @@ def build_kernel(scheduler: Any, name: str, sampling: Sampling, **options):
 
     Args:
         scheduler: the pipeline's; only its configuration is read.
-        name: see `load_policy`.
+        name: see `load_pipeline`.
         sampling: number of steps and noise.
         **options: ``clip_sample``; or ``sigmas`` and ``mu`` of a flow-matching schedule.
 

@@ -320,7 +320,9 @@ def steer(
             `FeynmanKac`.
         proposal: "policy" draws from the model's law; "gradient" moves its mean, at scheduled
             steps, by std^2 * lambda * d reward(law.x0) / d x[i], and corrects the weights by the
-            exact p/tau. Needs a differentiable reward and a law with ``shift``.
+            exact p/tau. Needs a differentiable reward and a law with ``shift``. Of tokens it moves
+            log-probabilities by lambda * d reward / d x[i], x[i] being one-hot vectors; that needs
+            a policy with ``relax``, and a reward that takes relaxed tokens.
         gradient_clip: largest norm of lambda * d reward / d x[i] per particle.
         num_x0_samples: N > 1 scores N draws of ``law.sample_x0`` instead of ``law.x0`` and takes
             (1 / lambda) log mean exp(lambda r), the unbiased estimate of the optimal twist.
@@ -452,7 +454,7 @@ class _Walk:
             seed=self.seed, first_prompt=self.first_prompt,
         )  # fmt: skip
         x = policy.initial(condition, generators)
-        if proposal == "gradient" and not x.is_floating_point():
+        if proposal == "gradient" and not (x.is_floating_point() or hasattr(policy, "relax")):
             raise ValueError(
                 f"proposal='gradient' needs continuous latents, and this policy's are {x.dtype}; "
                 "use proposal='policy'"
@@ -501,6 +503,8 @@ class _Walk:
 
     def differentiate(self, x, i, lmbda, num, generators):
         """The law at x[i], the rewards, and d reward / d x[i]."""
+        # the law of tokens as one-hot vectors is theirs, and has a gradient
+        x = x if x.is_floating_point() else self.policy.relax(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             law = self.policy.step_law(x, i, self.condition)

@@ -22,7 +22,7 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffreward.policies.pipelines import load_policy
+from diffreward.policies import load_policy
 from diffreward.policy import sample_generators
 from diffreward.samples import Samples
 from diffreward.steering.feynman_kac import steer

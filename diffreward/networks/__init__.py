@@ -1,0 +1,1 @@
+"""Networks that policies and rewards share; each is imported from its own module."""

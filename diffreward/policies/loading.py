@@ -1,0 +1,230 @@
+"""Policies from what models are stored as: `load_policy`, and `load_pipeline` for diffusers.
+
+Masked policies of sequences have loaders of their own beside their classes (`load_dna`,
+`load_protein`); `load_policy` finds out which it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffreward._assets import asset_path
+from diffreward.policies.lora import load_lora
+from diffreward.policies.masked import MaskedPolicy
+from diffreward.policies.pipelines import (
+    FAMILIES,
+    FLOW_KERNELS,
+    VP_KERNELS,
+    PipelinePolicy,
+    Sampling,
+)
+from diffreward.policy import Policy
+
+EMBEDDED: dict[str, dict[str, Any]] = {"emoji": {"guidance_scale": 3.0}, "dna": {}, "protein": {}}
+"""Embedded model -> what it is loaded with unless the caller says otherwise."""
+
+SEQUENCES = {"dna": "dna:load_dna", "protein": "protein:load_protein"}
+STRUCTURES = (".pdb", ".cif", ".mmcif", ".ent")
+
+
+def load_policy(spec: Any, **options) -> Policy:
+    """A policy, from a diffusers pipeline or a model of sequences.
+
+    Args:
+        spec: a pipeline object, folder or hub id, as for `load_pipeline`; "embedded:emoji",
+            "embedded:dna" or "embedded:protein"; a folder of a `DNAConvNet`; a PDB or mmCIF file,
+            whose sequence is to be designed.
+        options: of `load_pipeline`, `diffreward.policies.dna.load_dna` or
+            `diffreward.policies.protein.load_protein`. ``num_steps``, ``device`` and ``dtype`` are
+            options of all three. None stands for the default, and a ``guidance_scale`` of 1, no
+            guidance, is taken by all.
+
+    Raises:
+        FileNotFoundError: no such folder; a hub id that is neither cached nor reachable.
+        ValueError: an unknown embedded model, an option that this model does not have, or one out
+            of range.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: _dtype(v) if name == "dtype" else v for name, v in options.items()}
+    kind = _sequence(spec)
+    if kind is None:
+        _check_names(spec, options, [load_pipeline])
+        return load_pipeline(spec, **options)
+    module, function = SEQUENCES[kind].split(":")
+    load = getattr(importlib.import_module(f"diffreward.policies.{module}"), function)
+    if options.get("guidance_scale") == 1:
+        del options["guidance_scale"]
+    _check_names(spec, options, [load, MaskedPolicy])
+    return load(**options) if spec == f"embedded:{kind}" else load(spec, **options)
+
+
+def _sequence(spec: Any) -> str | None:
+    """Which of `SEQUENCES`; None: none of them."""
+    if not isinstance(spec, str | os.PathLike):
+        return None
+    name = os.fspath(spec).removeprefix("embedded:")
+    if os.fspath(spec) == f"embedded:{name}":
+        return name if name in SEQUENCES else None
+    path = Path(spec).expanduser()
+    if path.suffix.lower() in STRUCTURES:
+        return "protein"
+    if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
+        try:
+            if json.loads((path / "config.json").read_text()).get("network") == "DNAConvNet":
+                return "dna"
+        except (json.JSONDecodeError, AttributeError):
+            pass
+    return None
+
+
+def _check_names(spec: Any, options: dict[str, Any], sources: list[Callable]) -> None:
+    known: dict[str, None] = {}
+    for source in sources:
+        for name, parameter in inspect.signature(source).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY or name == "structure":
+                known[name] = None
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
+            what = spec if isinstance(spec, str | os.PathLike) else type(spec).__name__
+            raise ValueError(f"there is no option {name!r} of {what}; {hint}")
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, but {dtype!r} came")
+    return found
+
+
+def load_pipeline(
+    spec: Any,
+    *,
+    num_steps: int = 25,
+    kernel: str | None = None,
+    eta: float = 1.0,
+    noise_level: float = 0.7,
+    guidance_scale: float | None = None,
+    negative_prompt: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    lora: str | os.PathLike | None = None,
+) -> PipelinePolicy:
+    """A policy from a diffusers pipeline.
+
+    Args:
+        spec: a pipeline object (Stable Diffusion 1.x/2.x, XL, 3/3.5, FLUX.1, unconditional
+            DDPM/DDIM), a local folder, a hub id, or "embedded:emoji".
+        num_steps: T, denoising steps; at most the training steps of an epsilon- or v-prediction
+            model.
+        kernel: "ddim" or "ddpm" for epsilon- and v-prediction models; "flow_sde" or
+            "flow_renoise" for flow-matching ones. None: ddim (ddpm for a DDPMPipeline) and
+            flow_sde. flow_renoise is what diffusers' ``stochastic_sampling`` does; it shrinks the
+            spread of the samples, to 0.65 of the data's in 28 steps on a Gaussian.
+        eta: noise of ddim, in [0, 1]; 0 is deterministic, which steering refuses.
+        noise_level: noise of flow_sde, at least 0.
+        guidance_scale: as in diffusers; None: the default of the pipeline.
+        negative_prompt: for classifier-free guidance.
+        height, width: pixels; None: the model's own.
+        dtype: of the networks; None: as they are in a pipeline object, else float32, or bfloat16
+            on CUDA. Latents are float32 in any case.
+        device: None: where a pipeline object is, else CUDA if there is one.
+        lora: folder or hub id of a LoRA, which is added to the weights; see `load_lora`.
+
+    Raises:
+        FileNotFoundError: no such folder; a hub id that is neither cached nor reachable.
+        ValueError: an unknown embedded model or kernel, a kernel of the wrong path, a pipeline
+            class that has no family here, a scheduler or an option of it that is not supported, a
+            network that predicts variances, a number out of its range.
+    """
+    dtype = None if dtype is None else _dtype(dtype)
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, but {num_steps} came")
+    every = (*VP_KERNELS, *FLOW_KERNELS)
+    if kernel is not None and kernel not in every:
+        near = difflib.get_close_matches(kernel, every, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown kernel {kernel!r}{hint} Known: {', '.join(every)}")
+    pipe = _load(spec, dtype, device) if isinstance(spec, str | os.PathLike) else spec
+    name = type(pipe).__name__
+    if name not in FAMILIES:
+        raise ValueError(
+            f"there is no policy for {name}; there is one for {', '.join(FAMILIES)}. Any other "
+            "pipeline can be steered with diffreward.steered(pipe, ...)"
+        )
+    if spec is pipe and (dtype is not None or device is not None):
+        pipe.to(**{k: v for k, v in {"dtype": dtype, "device": device}.items() if v is not None})
+    if guidance_scale is None:
+        embedded = EMBEDDED.get(str(spec).removeprefix("embedded:"), {})
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        own = parameters["guidance_scale"].default if "guidance_scale" in parameters else 1.0
+        guidance_scale = embedded.get("guidance_scale", own)
+    sampling = Sampling(num_steps, kernel, eta, noise_level)
+    policy = FAMILIES[name](pipe, sampling, float(guidance_scale), negative_prompt, height, width)
+    if lora is not None:
+        load_lora(policy, lora, fuse=True)
+    return policy
+
+
+def _load(spec: str | os.PathLike, dtype, device):
+    spec = os.fspath(spec)
+    if spec.startswith("embedded:"):
+        name = spec.removeprefix("embedded:")
+        if name not in EMBEDDED:
+            near = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.3)
+            hint = f"; did you mean 'embedded:{near[0]}'?" if near else "."
+            raise ValueError(
+                f"there is no embedded model {name!r}{hint} Known: "
+                + ", ".join(f"embedded:{n}" for n in EMBEDDED)
+            )
+        folder = str(asset_path(name))
+    else:
+        folder = _folder_or_id(spec, "model")
+        if Path(folder).exists() and not (Path(folder) / "model_index.json").is_file():
+            raise FileNotFoundError(
+                f"{spec!r} holds no diffusers pipeline: there is no model_index.json in it"
+            )
+    from diffusers import DiffusionPipeline
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    except OSError as err:
+        if Path(folder).exists():
+            raise
+        raise FileNotFoundError(
+            f"the model {spec!r} is neither a folder here nor in the local cache, and the hub "
+            "could not be reached for it; check the id and the network (HF_HUB_OFFLINE must not "
+            "be 1), or give the path of a downloaded folder"
+        ) from err
+    for module in pipe.components.values():
+        # one dtype everywhere: text encoders otherwise keep that of their files
+        if isinstance(module, torch.nn.Module) and module.dtype != dtype:
+            module.to(dtype)
+    return pipe.to(device)
+
+
+def _folder_or_id(spec: str, what: str) -> str:
+    if Path(spec).expanduser().exists():
+        return str(Path(spec).expanduser())
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec) is None:
+        raise FileNotFoundError(
+            f"the {what} folder {spec!r} does not exist (and it is not a hub id, which reads "
+            "owner/name)"
+        )
+    return spec
