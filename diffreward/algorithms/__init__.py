@@ -27,6 +27,7 @@ ALGORITHMS = {
     "draft": "draft:DRaFT",
     "alignprop": "draft:AlignProp",
     "raft": "raft:RAFT",
+    "drakes": "drakes:DRAKES",
 }
 """Name -> module and class; modules are imported when one is built."""
 
