@@ -124,8 +124,8 @@ class Sizes:
     captions: int = 2000
     queries: tuple[int, int, int] = (1024, 0, 0)
     compute: tuple[int, int, int] = (40_000, 40_000, 24_000)
-    tuning: float = 0.3
-    grid: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    tuning: float = 0.5
+    grid: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     betas: tuple[float, ...] = (0.03, 0.3, 1.0, 3.0)
     rewards: tuple[str, ...] = ("clip_score", "colorfulness")
     kl_seeds: int = 1
@@ -146,7 +146,7 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = replace(
-    FULL.scaled(0.25), grid=(3e-3,), betas=(0.1, 1.0), rewards=("clip_score",), kl_seeds=1
+    FULL.scaled(0.25), grid=(1e-3,), betas=(0.1, 1.0), rewards=("clip_score",), kl_seeds=1
 )  # fmt: skip
 TINY = Sizes(
     num_steps=2, prompts=(4, 4), samples=(2, 2), captions=16, queries=(8, 8, 0),
@@ -707,6 +707,8 @@ def report(args) -> None:
         if main[experiment]:
             for mark in ("queries", "compute"):
                 budget = main[experiment][0]["budgets"].get(mark)
+                if budget is None:
+                    continue
                 unit = "samples scored" if mark == "queries" else "forward rows"
                 text += [f"At {budget} {unit}:", at_budget(main[experiment], experiment, mark)]
         if by[experiment]:
