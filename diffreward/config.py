@@ -166,8 +166,8 @@ class FinetuneConfig:
     Args:
         model: the model.
         reward: what is learnt: a name from `diffreward rewards`, or {name: ..., option: ...}.
-        algorithm: prdp, ddpo, grpo, dpok, reinforce, refl, draft, alignprop or raft; or
-            {name: ..., preset: ..., option: ...}.
+        algorithm: prdp, ddpo, grpo, dpok, reinforce, refl, draft, alignprop, drakes or raft;
+            or {name: ..., preset: ..., option: ...}.
         prompts: a prompt, a list of them, or a file: .txt with one per line, .jsonl with a
             "prompt" per line; "embedded:prompts/scenes.jsonl" is one of the package's own.
         judges: held-out rewards, which only report.

@@ -72,7 +72,7 @@ def test_steer_writes_a_run_folder(painter, capsys):
     shown = capsys.readouterr().out
     assert "target_color (guide)" in shown and "colorfulness (held out)" in shown
     assert str(folder / "grid.png") in shown
-    assert painter == [{**vars(SteerConfig().model), "num_steps": 5}]
+    assert painter == [{"spec": SteerConfig().model.spec, "num_steps": 5}]
 
 
 def test_steer_agrees_with_the_library(painter):

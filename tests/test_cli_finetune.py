@@ -37,7 +37,7 @@ SMALL = {
     "training.checkpoint_every": 0, "training.loggers": "[]", "training.lora.rank": 4,
     "model.num_steps": 3, "model.guidance_scale": 2, "reward": "saturation",
     "judges": "[colorfulness]", "prompts": "[a red heart, a blue star]", "algorithm": "prdp",
-    "training.schedule": "constant",
+    "training.schedule": "constant", "training.step_fraction": 1.0,
 }  # fmt: skip
 OFTEN = {"training.evaluate_every": 1, "training.checkpoint_every": 1}
 
@@ -530,7 +530,7 @@ def test_every_config_runs_on_a_tiny_model_of_its_family(file, monkeypatch, caps
     def load_tiny(spec, **options):
         (build,) = [build for part, build in FAMILIES.items() if part in spec]
         options |= {"num_steps": 3, "height": 16, "width": 16, "device": "cpu"}
-        if spec != "embedded:emoji" and options["dtype"] is None:
+        if spec != "embedded:emoji" and options.get("dtype") is None:
             options["dtype"] = "bfloat16"  # what it is on CUDA
         return load(copy.deepcopy(build()), **options)
 
