@@ -179,7 +179,10 @@ def finetune(argv: Sequence[str]) -> int:
         return 0
     if result.stopped == "guard":
         say(f"the guard stopped the run after {result.iterations} iterations")
-    print(f"{result.summary()}\nsee {Path(folder) / 'before_after.png'} and README.md beside it")
+    shown = [path for path in sorted(Path(folder).glob("before_after.*"))] or [
+        Path(folder, "samples")
+    ]
+    print(f"{result.summary()}\nsee {shown[0]} and README.md beside it")
     return 0
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffreward.finetuning.monitor import Evaluation, paired
 from diffreward.pictures import Cell, image_grid
+from diffreward.samples import ALPHABETS, to_strings
 
 
 def summary(before: Evaluation, now: Evaluation) -> dict[str, Any]:
@@ -52,13 +53,34 @@ def sample_rows(evaluation: Evaluation) -> Iterable[dict[str, Any]]:
             "scores": {label: v[row].item() for label, v in evaluation.scores.items()},
             "probes": {name: v[row].item() for name, v in evaluation.probes.items()},
             "kl": None if evaluation.kl is None else evaluation.kl[row].item(),
-            **({"text": data[row]} if isinstance(data, list) else {}),
-            **({"tokens": data[row]} if _are_tokens(data) else {}),
+            **_written(evaluation.samples.modality, data, row),
         }
 
 
-def _are_tokens(data: Any) -> bool:
-    return isinstance(data, Tensor) and not data.is_floating_point() and data.ndim == 2
+def _written(modality: str, data: Any, row: int) -> dict[str, Any]:
+    if isinstance(data, list):
+        return {"text": data[row]}
+    if modality in ALPHABETS:
+        return {"sequence": to_strings(data[row : row + 1], modality)[0]}
+    tokens = not data.is_floating_point() and data.ndim == 2
+    return {"tokens": data[row]} if tokens else {}
+
+
+def fasta(before: Evaluation, after: Evaluation) -> str | None:
+    """The sequences of both, with their rewards in the headers; None if they are none.
+
+    Records are called ``before-p-j`` and ``after-p-j``: of prompt p, sample j.
+    """
+    if after.samples.modality not in ALPHABETS:
+        return None
+    lines = []
+    for when, evaluation in (("before", before), ("after", after)):
+        letters = to_strings(evaluation.samples.data, evaluation.samples.modality)
+        for row, sequence in enumerate(letters):
+            p, j = divmod(row, evaluation.k)
+            scores = " ".join(f"{n}={v[row].item():.6g}" for n, v in evaluation.scores.items())
+            lines += [f">{when}-{p}-{j} {scores}", sequence]
+    return "\n".join(lines) + "\n"
 
 
 def pictures(evaluation: Evaluation) -> Float[Tensor, "n 3 h w"] | None:

@@ -6,7 +6,8 @@ file                          what it is
 `samples/iteration-N.png`     the evaluation after N iterations: prompts down, samples across
 `samples/iteration-N.jsonl`   its scores
 `samples/*.safetensors`       the first and the latest evaluation, for a resumed run
-`before_after.png`            the same prompts and seeds before and after
+`before_after.png`            the same prompts and seeds before and after; of sequences
+                              `before_after.fasta`
 `curves.png`                  rewards, KL and diversity over the run
 `README.md`                   model card
 `tensorboard/`, ...           the same numbers for trackers, by option
@@ -36,6 +37,7 @@ from diffreward.finetuning.card import Card, check_hub, comparison, push_to_hub,
 from diffreward.finetuning.figures import (
     before_after,
     curves,
+    fasta,
     pictures,
     sample_grid,
     sample_rows,
@@ -229,6 +231,8 @@ class Record:
         write_text(self.folder / "README.md", text)
         if images:
             save_image(self.folder / "before_after.png", before_after(self.before, self.after))
+        if (sequences := fasta(self.before, self.after)) is not None:
+            write_text(self.folder / "before_after.fasta", sequences)
         figure = curves(self._rows)
         write_atomic(self.folder / "curves.png", lambda path: figure.savefig(path, dpi=120))
 
