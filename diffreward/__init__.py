@@ -25,6 +25,7 @@ _PUBLIC = {
     "path_log_prob": "policy",
     "rollout": "policy",
     "sample_generators": "policy",
+    "GuidedPolicy": "policies",
     "load_lora": "policies",
     "load_policy": "policies",
     "Reward": "rewards",
@@ -35,9 +36,11 @@ _PUBLIC = {
     "make_reward": "rewards",
     "register_reward": "rewards",
     "FeynmanKac": "steering",
+    "SVDDResult": "steering",
     "SteeringResult": "steering",
     "steer": "steering",
     "steered": "steering",
+    "svdd": "steering",
     "score": "scoring",
     "make_algorithm": "algorithms",
     "FinetuneResult": "finetuning",
@@ -52,7 +55,7 @@ __all__ = [*_PUBLIC, "__version__"]
 if TYPE_CHECKING:
     from diffreward.algorithms import make_algorithm
     from diffreward.finetuning import FinetuneResult, Guard, LoRA, Training, finetune
-    from diffreward.policies import load_lora, load_policy
+    from diffreward.policies import GuidedPolicy, load_lora, load_policy
     from diffreward.policy import (
         Condition,
         Policy,
@@ -73,7 +76,14 @@ if TYPE_CHECKING:
     )
     from diffreward.samples import Samples
     from diffreward.scoring import score
-    from diffreward.steering import FeynmanKac, SteeringResult, steer, steered
+    from diffreward.steering import (
+        FeynmanKac,
+        SteeringResult,
+        SVDDResult,
+        steer,
+        steered,
+        svdd,
+    )
 
 
 def __getattr__(name: str):

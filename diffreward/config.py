@@ -104,7 +104,8 @@ class SteeringConfig:
             chain; null: at 20, 40, 60 and 80 %.
         tempering: how lmbda grows along the chain: constant, linear or adaptive.
         target_ess: of adaptive tempering, as a fraction of K.
-        proposal: policy, or gradient, which follows the gradient of a differentiable reward.
+        proposal: policy; gradient, which follows the gradient of a differentiable reward; or
+            gradient_x0 (of tokens), the same with the network taken as constant.
         gradient_clip: largest norm of the gradient of lmbda * reward.
         num_x0_samples: score this many draws of the clean sample instead of its expectation.
         best_of_n: also draw K plain samples per prompt, for comparison at equal compute.

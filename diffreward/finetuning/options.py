@@ -14,7 +14,7 @@ class LoRA:
         rank: of the adapters.
         alpha: they are scaled by alpha / rank; null: alpha = rank.
         targets: names (or their ends) of the layers that get one, or one regular expression;
-            null: the attention projections.
+            null: the attention projections, or what the policy has instead.
     """
 
     rank: int = 16

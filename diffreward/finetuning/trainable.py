@@ -13,7 +13,7 @@ import difflib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,10 @@ ATTENTION = (
     "to_q", "to_k", "to_v", "to_out.0",
     "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
 )  # fmt: skip
-"""The attention projections; the second row, of the text stream, is in SD3 and FLUX alone."""
+"""The attention projections; the second row, of the text stream, is in SD3 and FLUX alone.
+
+The default for LoRA, unless the policy has other ``lora_targets``.
+"""
 
 FULL_FILE = "model.safetensors"
 
@@ -84,7 +87,8 @@ class Trainable:
         if training.method == "lora":
             if self.team is not None:  # before adapters are added, which so stay whole
                 share_out(network, policy.device)
-            _add_lora(network, training.lora, training.seed)
+            default = getattr(policy, "lora_targets", ATTENTION)
+            _add_lora(network, training.lora, training.seed, default)
             self.reference = policy.reference()
         else:
             # before the copy, so that policy and reference compute alike and start with KL 0
@@ -226,6 +230,8 @@ class Trainable:
         if self.training.method == "full":
             if pipe is None and hasattr(self.network, "save_pretrained"):
                 self.network.save_pretrained(folder)
+                if hasattr(tokenizer := getattr(self.policy, "tokenizer", None), "save_pretrained"):
+                    tokenizer.save_pretrained(folder)
             elif pipe is None:
                 save_model(self.network, str(folder / FULL_FILE))
             else:
@@ -260,7 +266,7 @@ class Trainable:
             ) from err
 
 
-def _add_lora(network: nn.Module, lora: LoRA, seed: int) -> None:
+def _add_lora(network: nn.Module, lora: LoRA, seed: int, default: Sequence[str]) -> None:
     """Put adapters into the network: A Gaussian, of the seed, B zero; float32 at least."""
     if lora.rank < 1:
         raise ValueError(f"lora.rank must be at least 1, but {lora.rank} came")
@@ -269,7 +275,7 @@ def _add_lora(network: nn.Module, lora: LoRA, seed: int) -> None:
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
-        target_modules=_targets(network, lora.targets),
+        target_modules=_targets(network, lora.targets, default),
         init_lora_weights="gaussian",
     )
     cuda = [p.device for p in network.parameters() if p.is_cuda][:1]
@@ -283,8 +289,10 @@ def _add_lora(network: nn.Module, lora: LoRA, seed: int) -> None:
     network.eval()  # new layers are born in train mode
 
 
-def _targets(network: nn.Module, targets: list[str] | str | None) -> list[str]:
-    """Full names of the layers that get an adapter."""
+def _targets(
+    network: nn.Module, targets: list[str] | str | None, default: Sequence[str]
+) -> list[str]:
+    """Full names of the layers that get an adapter; of the default targets, those there are."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     layers = [name for name, m in network.named_modules() if isinstance(m, kinds)]
     kind = type(network).__name__
@@ -300,13 +308,13 @@ def _targets(network: nn.Module, targets: list[str] | str | None) -> list[str]:
                 f"layer of {kind}; {_like(targets, layers)}"
             )
         return found
-    wanted = ATTENTION if targets is None else targets
+    wanted = default if targets is None else targets
     found = {target: ends(target) for target in wanted}
     missing = [target for target in wanted if not found[target]]
     if targets is None and len(missing) == len(wanted):
         raise ValueError(
-            f"{kind} has no attention projections ({', '.join(ATTENTION[:4])}), which get adapters "
-            f"by default; name layers in lora.targets. {_like('', layers)}"
+            f"{kind} has none of the layers that get adapters by default "
+            f"({', '.join(default[:4])}, ...); name layers in lora.targets. {_like('', layers)}"
         )
     if targets is not None and (missing or not wanted):
         target = missing[0] if missing else ""

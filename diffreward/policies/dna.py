@@ -35,6 +35,7 @@ class DNAPolicy(MaskedPolicy):
     """
 
     denoiser: DNAConvNet
+    lora_targets = ("conv",)
 
     def __init__(self, denoiser: DNAConvNet, length: int = 200, **options) -> None:
         super().__init__(denoiser, denoiser.vocabulary, "dna", **options)

@@ -1,7 +1,7 @@
 """Policies from what models are stored as: `load_policy`, and `load_pipeline` for diffusers.
 
-Masked policies of sequences have loaders of their own beside their classes (`load_dna`,
-`load_protein`); `load_policy` finds out which it is.
+Masked policies of sequences and text have loaders of their own beside their classes (`load_dna`,
+`load_protein`, `load_text`); `load_policy` finds out which it is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from diffreward.policy import Policy
 EMBEDDED: dict[str, dict[str, Any]] = {"emoji": {"guidance_scale": 3.0}, "dna": {}, "protein": {}}
 """Embedded model -> what it is loaded with unless the caller says otherwise."""
 
-SEQUENCES = {"dna": "dna:load_dna", "protein": "protein:load_protein"}
+SEQUENCES = {"dna": "dna:load_dna", "protein": "protein:load_protein", "text": "text:load_text"}
+TEXT = "text:"  #: before a hub id or folder of a masked language model
 STRUCTURES = (".pdb", ".cif", ".mmcif", ".ent")
 
 
@@ -43,11 +44,12 @@ def load_policy(spec: Any, **options) -> Policy:
     Args:
         spec: a pipeline object, folder or hub id, as for `load_pipeline`; "embedded:emoji",
             "embedded:dna" or "embedded:protein"; a folder of a `DNAConvNet`; a PDB or mmCIF file,
-            whose sequence is to be designed.
-        options: of `load_pipeline`, `diffreward.policies.dna.load_dna` or
-            `diffreward.policies.protein.load_protein`. ``num_steps``, ``device`` and ``dtype`` are
-            options of all three. None stands for the default, and a ``guidance_scale`` of 1, no
-            guidance, is taken by all.
+            whose sequence is to be designed; a folder of a masked language model
+            (``...ForMaskedLM``), or "text:" and the hub id of one.
+        options: of `load_pipeline`, `diffreward.policies.dna.load_dna`,
+            `diffreward.policies.protein.load_protein` or `diffreward.policies.text.load_text`.
+            ``num_steps`` and ``device`` are options of all. None stands for the default, and a
+            ``guidance_scale`` of 1, no guidance, is taken by all.
 
     Raises:
         FileNotFoundError: no such folder; a hub id that is neither cached nor reachable.
@@ -65,25 +67,33 @@ def load_policy(spec: Any, **options) -> Policy:
     if options.get("guidance_scale") == 1:
         del options["guidance_scale"]
     _check_names(spec, options, [load, MaskedPolicy])
-    return load(**options) if spec == f"embedded:{kind}" else load(spec, **options)
+    if spec == f"embedded:{kind}":
+        return load(**options)
+    return load(spec.removeprefix(TEXT) if isinstance(spec, str) else spec, **options)
 
 
 def _sequence(spec: Any) -> str | None:
     """Which of `SEQUENCES`; None: none of them."""
     if not isinstance(spec, str | os.PathLike):
         return None
+    if os.fspath(spec).startswith(TEXT):
+        return "text"
     name = os.fspath(spec).removeprefix("embedded:")
     if os.fspath(spec) == f"embedded:{name}":
-        return name if name in SEQUENCES else None
+        return name if name in SEQUENCES and name in EMBEDDED else None
     path = Path(spec).expanduser()
     if path.suffix.lower() in STRUCTURES:
         return "protein"
     if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
         try:
-            if json.loads((path / "config.json").read_text()).get("network") == "DNAConvNet":
+            config = json.loads((path / "config.json").read_text())
+            if config.get("network") == "DNAConvNet":
                 return "dna"
+            # by its class, or as what code that comes with it is to be loaded
+            kinds = [*(config.get("architectures") or ()), *(config.get("auto_map") or ())]
         except (json.JSONDecodeError, AttributeError):
-            pass
+            return None
+        return "text" if any(kind.endswith("ForMaskedLM") for kind in kinds) else None
     return None
 
 

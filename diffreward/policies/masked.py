@@ -186,6 +186,14 @@ class MaskedLaw:
             visible=(self.visible + move).log_softmax(-1),
         )
 
+    def x0_gradient(self, gradient: Float[Tensor, "b l v"]) -> Float[Tensor, "b l v1"]:
+        """Pull a gradient with respect to ``x0`` back to x[i], the network taken as constant.
+
+        x0 is then a + m p, with the masses a of letters and m of MASK.
+        """
+        p = self.hidden[..., :-1].softmax(-1)
+        return torch.cat([gradient, (p * gradient).sum(-1, keepdim=True)], -1)
+
 
 class MaskedPolicy:
     """A network over letters and a masking schedule: the `Policy` contract, but for three members.

@@ -59,6 +59,7 @@ class ProteinPolicy(MaskedPolicy):
     """
 
     time_independent = True
+    lora_targets = ("W1", "W2", "W3", "W_in", "W_out")
 
     def __init__(
         self,

@@ -2,6 +2,16 @@
 
 from diffreward.steering.feynman_kac import POTENTIALS, FeynmanKac, steer
 from diffreward.steering.hook import steered
-from diffreward.steering.result import BestOfN, SteeringResult
+from diffreward.steering.result import BestOfN, SteeringResult, SVDDResult
+from diffreward.steering.svdd import svdd
 
-__all__ = ["POTENTIALS", "BestOfN", "FeynmanKac", "SteeringResult", "steer", "steered"]
+__all__ = [
+    "POTENTIALS",
+    "BestOfN",
+    "FeynmanKac",
+    "SVDDResult",
+    "SteeringResult",
+    "steer",
+    "steered",
+    "svdd",
+]

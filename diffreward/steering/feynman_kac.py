@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffreward import smc
-from diffreward.policy import Policy, rollout, sample_generators
+from diffreward.policy import Policy, StepLaw, rollout, sample_generators
 from diffreward.rewards.base import Reward, Scores, evaluate, make_reward, require_gradient
 from diffreward.samples import Samples
 from diffreward.steering.result import (
@@ -88,6 +88,33 @@ def named(table: dict, name: Any, kind: str, *, or_function: bool = False) -> An
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(table)}.")
     return table[name]
+
+
+def scheduled_steps(
+    schedule: int | Sequence[int] | Sequence[float], num_steps: int, end: int
+) -> list[int]:
+    """Steps of a chain of ``num_steps``, ascending.
+
+    Args:
+        schedule: n: every n steps before ``end``; or step indices, or fractions in (0, 1).
+        num_steps: T.
+        end: where "every n steps" ends.
+
+    Raises:
+        ValueError: a step or fraction outside the chain.
+    """
+    s, last = schedule, num_steps - 1
+    if isinstance(s, int):
+        if s < 1:
+            raise ValueError(f"schedule: every {s} steps came, expected 1 or more")
+        return list(range(s - 1, end, s))
+    if all(isinstance(v, float) for v in s):
+        if not all(0 < v < 1 for v in s):
+            raise ValueError(f"schedule: fractions must lie in (0, 1), but {list(s)} came")
+        s = [min(round(v * num_steps), last) for v in s]
+    if any(isinstance(v, float) or not 0 <= v <= last for v in s):
+        raise ValueError(f"schedule: steps must be integers in 0..{last}, but {list(s)} came")
+    return sorted(set(s))
 
 
 @dataclass(frozen=True)
@@ -139,20 +166,11 @@ class FeynmanKac:
         Raises:
             ValueError: a step or fraction outside the chain.
         """
-        s, last = self.schedule, num_steps - 1
-        if s is None:  # the last step often adds no noise: copies made there stay copies
+        last = num_steps - 1
+        if self.schedule is None:
+            # the last step often adds no noise: copies made there stay copies
             return sorted({round(f * num_steps) for f in (0.2, 0.4, 0.6, 0.8)} - {last, num_steps})
-        if isinstance(s, int):
-            if s < 1:
-                raise ValueError(f"schedule: every {s} steps came, expected 1 or more")
-            return list(range(s - 1, last, s))
-        if all(isinstance(v, float) for v in s):
-            if not all(0 < v < 1 for v in s):
-                raise ValueError(f"schedule: fractions must lie in (0, 1), but {list(s)} came")
-            s = [min(round(v * num_steps), last) for v in s]
-        if any(isinstance(v, float) or not 0 <= v <= last for v in s):
-            raise ValueError(f"schedule: steps must be integers in 0..{last}, but {list(s)} came")
-        return sorted(set(s))
+        return scheduled_steps(self.schedule, num_steps, last)
 
 
 class Population:
@@ -322,7 +340,10 @@ def steer(
             steps, by std^2 * lambda * d reward(law.x0) / d x[i], and corrects the weights by the
             exact p/tau. Needs a differentiable reward and a law with ``shift``. Of tokens it moves
             log-probabilities by lambda * d reward / d x[i], x[i] being one-hot vectors; that needs
-            a policy with ``relax``, and a reward that takes relaxed tokens.
+            a policy with ``relax``, and a reward that takes relaxed tokens. "gradient_x0", of
+            tokens only, takes the network as constant: no pass back through it, and no first-order
+            expansion of what it says when a letter appears. The weights are exact in any case.
+            With one particle this is classifier guidance: one weight corrects nothing.
         gradient_clip: largest norm of lambda * d reward / d x[i] per particle.
         num_x0_samples: N > 1 scores N draws of ``law.sample_x0`` instead of ``law.x0`` and takes
             (1 / lambda) log mean exp(lambda r), the unbiased estimate of the optimal twist.
@@ -345,34 +366,63 @@ def steer(
         reward, num_particles=num_particles, proposal=proposal, gradient_clip=gradient_clip,
         num_x0_samples=num_x0_samples, max_batch=max_batch, decode_batch=decode_batch,
     )  # fmt: skip
-    _check_policy(policy, prompts, num_particles)
+    check_policy(policy, prompts, num_particles)
     fk.steps(policy.num_steps)  # a bad schedule is refused before any compute
 
-    group = len(prompts) if max_batch is None else max(1, max_batch // num_particles)
+    def run(walk: Walk) -> SteeringResult:
+        result = walk.steered(fk, proposal, gradient_clip, num_x0_samples)
+        result.best_of_n = walk.best_of_n() if best_of_n else None
+        return result
+
+    result = run_in_groups(
+        run, policy, reward, prompts, num_particles, name="steer", chains=2 if best_of_n else 1,
+        seed=seed, inputs=inputs, max_batch=max_batch, decode_batch=decode_batch,
+        progress=progress,
+    )  # fmt: skip
+    warn_if_collapsed(result, prompts)
+    return result
+
+
+def run_in_groups(
+    run: Callable[[Walk], Any], policy: Policy, reward: Reward, prompts: list[str], k: int, *,
+    name: str, chains: int, seed: int, inputs: dict[str, Any] | None, max_batch: int | None,
+    decode_batch: int | None, progress: bool, branches: int = 1,
+) -> Any:  # fmt: skip
+    """Take the prompts in groups whose ``branches * k`` rows each fit, and join what ``run`` gives.
+
+    Args:
+        run: `Walk` -> result.
+        policy, reward, prompts, k, seed, inputs, decode_batch: of the walks.
+        name: on the progress bar.
+        chains: how many runs of T steps a walk makes, for the bar.
+        max_batch, progress: as for `steer`.
+        branches: rows of a particle in the largest network call.
+    """
+    group = len(prompts) if max_batch is None else max(1, max_batch // (k * branches))
     starts = range(0, len(prompts), group)
-    runs = 2 if best_of_n else 1
     bar = tqdm(
-        total=len(starts) * policy.num_steps * runs, desc="steer", unit="step",
+        total=len(starts) * policy.num_steps * chains, desc=name, unit="step",
         delay=2, disable=not progress,
     )  # fmt: skip
     results = []
     with torch.no_grad(), bar:
         everything = policy.encode(prompts, **(inputs or {}))
         for start in starts:
-            rows = range(start, min(start + group, len(prompts)))
-            walk = _Walk(
-                policy, reward, everything.take(list(rows)), num_particles, start, seed, bar,
-                decode_batch,
-            )  # fmt: skip
-            result = walk.steered(fk, proposal, gradient_clip, num_x0_samples)
-            result.best_of_n = walk.best_of_n() if best_of_n else None
-            results.append(result)
-    result = results[0] if len(results) == 1 else join_results(results)
-    warn_if_collapsed(result, prompts)
-    return result
+            rows = everything.take(list(range(start, min(start + group, len(prompts)))))
+            results.append(run(Walk(policy, reward, rows, k, start, seed, bar, decode_batch)))
+    return results[0] if len(results) == 1 else join_results(results)
 
 
-_GRADIENT = dict(what="proposal='gradient'", instead="use proposal='policy'")
+def _ask_gradient(proposal: str) -> dict[str, str]:
+    return dict(what=f"proposal={proposal!r}", instead="use proposal='policy'")
+
+
+PROPOSALS: dict[str, tuple[str, ...]] = {
+    "policy": (),
+    "gradient": ("shift",),
+    "gradient_x0": ("shift", "x0_gradient"),
+}
+"""Name -> what a law needs for it."""
 
 
 def check_options(
@@ -391,18 +441,13 @@ def check_options(
         ValueError: a number out of range, an unknown proposal, or a gradient proposal for a reward
             that declares it has no gradient.
     """
-    counts = {
-        "num_particles": num_particles,
-        "num_x0_samples": num_x0_samples,
-        "max_batch": max_batch,
-        "decode_batch": decode_batch,
-    }
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, but {value} came")
-    named({"policy": None, "gradient": None}, proposal, "proposal")
-    if proposal == "gradient":
-        require_gradient(reward, **_GRADIENT)
+    check_counts(
+        num_particles=num_particles, num_x0_samples=num_x0_samples,
+        max_batch=max_batch, decode_batch=decode_batch,
+    )  # fmt: skip
+    named(PROPOSALS, proposal, "proposal")
+    if proposal != "policy":
+        require_gradient(reward, **_ask_gradient(proposal))
     if gradient_clip is not None and not 0 < gradient_clip < math.inf:
         raise ValueError(
             f"gradient_clip must be positive and finite (None: no clipping), but {gradient_clip} "
@@ -410,7 +455,23 @@ def check_options(
         )
 
 
-def _check_policy(policy: Policy, prompts: list[str], k: int) -> None:
+def check_counts(**counts: int | None) -> None:
+    """Refuse numbers of things below 1; None is none given.
+
+    Raises:
+        ValueError: one of them, by its name.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, but {value} came")
+
+
+def check_policy(policy: Policy, prompts: list[str], k: int) -> None:
+    """Refuse to draw k samples each of no prompts, or of a policy that would repeat itself.
+
+    Raises:
+        ValueError: either.
+    """
     if not prompts:
         raise ValueError("no prompts came; give at least one (an empty string if unconditional)")
     if k > 1 and not getattr(policy, "stochastic", True):
@@ -420,21 +481,32 @@ def _check_policy(policy: Policy, prompts: list[str], k: int) -> None:
         )
 
 
-def _check_law(law, proposal, num_x0_samples) -> None:
-    needs = {"shift": proposal == "gradient", "sample_x0": num_x0_samples > 1}
-    for name, option in (("shift", "proposal='gradient'"), ("sample_x0", "num_x0_samples > 1")):
-        if needs[name] and not hasattr(law, name):
+def check_law(law: StepLaw, proposal: str, num_x0_samples: int) -> None:
+    """Refuse what a law cannot do.
+
+    Raises:
+        ValueError: it lacks a member that the proposal, or more than one draw of x0, needs.
+    """
+    needs = [(name, f"proposal={proposal!r}") for name in PROPOSALS[proposal]]
+    needs += [("sample_x0", "num_x0_samples > 1")] * (num_x0_samples > 1)
+    for name, option in needs:
+        if not hasattr(law, name):
             raise ValueError(f"{option} needs a law with {name}, and {type(law).__name__} has none")
 
 
-class _Walk:
-    """One group of prompts with what its two chains, steered and plain, have in common."""
+class Walk:
+    """One group of prompts with what its chains, steered or plain, have in common."""
 
     def __init__(self, policy, reward, condition, k, first_prompt, seed, bar, decode_batch):
         self.policy, self.reward, self.k, self.bar = policy, reward, k, bar
         self.num_prompts, self.first_prompt, self.seed = len(condition), first_prompt, seed
-        self.condition = condition.repeat(k)
+        self.prompt_condition, self.condition = condition, condition.repeat(k)
         self.decode_batch = decode_batch or len(self.condition)
+        self._options = (first_prompt, seed, bar, decode_batch)
+
+    def of(self, k: int) -> Walk:
+        """The same prompts with k rows each."""
+        return Walk(self.policy, self.reward, self.prompt_condition, k, *self._options)
 
     def generators(self, stream: int = 0) -> list[torch.Generator]:
         return sample_generators(
@@ -462,12 +534,14 @@ class _Walk:
         for i in range(policy.num_steps):
             gradient = None
             scored = i in population.steps
-            if scored and proposal == "gradient":
-                law, rewards, gradient = self.differentiate(x, i, fk.lmbda, num_x0_samples, many)
+            if scored and proposal != "policy":
+                law, rewards, gradient = self.differentiate(
+                    x, i, fk.lmbda, num_x0_samples, many, proposal
+                )
             else:
                 law = policy.step_law(x, i, condition)
                 if i == 0:
-                    _check_law(law, proposal, num_x0_samples)
+                    check_law(law, proposal, num_x0_samples)
                 if scored:
                     rewards = self.score_law(law, fk.lmbda, num_x0_samples, many)
             if scored:
@@ -475,9 +549,8 @@ class _Walk:
                 if ancestors is not None:
                     # a particle's condition is its prompt's: it stays in its row
                     law, gradient = smc.gather_particles((law, gradient), ancestors)
-            elif i == 0 and self.first_prompt == 0:
-                # a reward of the wrong shape or dtype is found now, not at the first scored step
-                evaluate(self.reward, self.decode(law.x0[:2]))
+            elif i == 0:
+                self.try_reward(law)
             if gradient is None:
                 x = law.sample(generators)
             else:
@@ -491,6 +564,11 @@ class _Walk:
         population.finish(scores.value)
         return population.result(particles, scores)
 
+    def try_reward(self, law) -> None:
+        """Find a reward of the wrong shape or dtype now, rather than at the first scored step."""
+        if self.first_prompt == 0:
+            evaluate(self.reward, self.decode(law.x0[:2]))
+
     def score_law(self, law, lmbda, num, generators) -> Float[Tensor, " n"]:
         """Reward of the clean prediction, or of ``num`` draws with lambda inside the mean."""
         if num == 1:
@@ -499,29 +577,37 @@ class _Walk:
         values = torch.stack([evaluate(self.reward, d).value for d in draws]).double()
         if lmbda == 0:
             return values.mean(0)
+        if lmbda == math.inf:
+            return values.amax(0)
         return (torch.logsumexp(lmbda * values, 0) - math.log(num)) / lmbda
 
-    def differentiate(self, x, i, lmbda, num, generators):
+    def differentiate(self, x, i, lmbda, num, generators, proposal):
         """The law at x[i], the rewards, and d reward / d x[i]."""
-        # the law of tokens as one-hot vectors is theirs, and has a gradient
-        x = x if x.is_floating_point() else self.policy.relax(x)
+        through = proposal == "gradient"  # the network, too
+        if through and not x.is_floating_point():
+            x = self.policy.relax(x)  # the law of one-hot vectors is theirs, and has a gradient
+        at = x.detach().requires_grad_(through)
+        with torch.set_grad_enabled(through):
+            law = self.policy.step_law(at, i, self.condition)
+        check_law(law, proposal, num)
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            law = self.policy.step_law(x, i, self.condition)
-            _check_law(law, "gradient", num)
+            if not through:
+                at = law.x0 = law.x0.detach().requires_grad_()
             rewards = self.score_law(law, lmbda, num, generators)
-            require_gradient(self.reward, rewards, **_GRADIENT)
-            (gradient,) = torch.autograd.grad(rewards.sum(), x)
+            require_gradient(self.reward, rewards, **_ask_gradient(proposal))
+            (gradient,) = torch.autograd.grad(rewards.sum(), at)
         rewards = rewards.detach()
-        dead = (rewards == -math.inf).to(x.device).view(-1, *[1] * (x.ndim - 1))
+        dead = (rewards == -math.inf).to(at.device).view(-1, *[1] * (at.ndim - 1))
         gradient = gradient.masked_fill(dead, 0.0)  # no direction is better; often it is NaN
         bad = ~gradient.isfinite().flatten(1).all(1)
         if bad.any():
             j = int(bad.nonzero()[0])
             raise ValueError(
-                f"proposal='gradient': reward {self.reward.info.name!r} gave sample {j} "
+                f"proposal={proposal!r}: reward {self.reward.info.name!r} gave sample {j} "
                 f"({self.condition.prompts[j]!r}) a finite value, but no finite gradient"
             )
+        if not through:
+            law.x0, gradient = at.detach(), law.x0_gradient(gradient)
         return law, rewards, gradient
 
     def scale(self, gradient: Tensor, lmbda: Float[Tensor, " P"], clip: float | None) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +17,11 @@ from diffreward.samples import Samples
 
 @dataclass
 class BestOfN:
-    """Plain samples at the same number of network calls, from the same noise.
+    """Plain samples at the same number of network evaluations, from the same noise.
 
     Attributes:
         samples: the P best, one per prompt.
-        particles, scores: all, ``P * K``, prompt-major.
+        particles, scores: all, ``P * N``, prompt-major; N = K beside `steer`.
         best: ``(P,)`` index of the best within its prompt.
     """
 
@@ -64,6 +65,31 @@ class SteeringResult:
     best_of_n: BestOfN | None = None
 
 
+@dataclass
+class SVDDResult:
+    """What `svdd` returns; P prompts, K chains of each, H steps that branched.
+
+    The chains of a prompt are independent and have equal weights. There is no estimate of log Z:
+    nothing corrects for the finite number of candidates, nor for values that are not exact.
+
+    Attributes:
+        samples: one per prompt, the chain of highest reward.
+        particles, scores: all ``P * K``, prompt-major.
+        best: ``(P,)`` index of the best chain within its prompt.
+        chosen: ``(H, P, K)`` which of its M candidates each chain went on with.
+        steps: the H steps.
+        best_of_n: the baseline, if it was asked for.
+    """
+
+    samples: Samples
+    particles: Samples
+    scores: Scores
+    best: Int[Tensor, " P"]
+    chosen: Int[Tensor, "H P K"]
+    steps: list[int]
+    best_of_n: BestOfN | None = None
+
+
 def pick_best(particles: Samples, scores: Scores, k: int) -> tuple[Int[Tensor, " P"], Samples]:
     """Index within each group of k of the highest score, and those samples."""
     best = scores.value.detach().cpu().view(-1, k).argmax(1)
@@ -83,29 +109,18 @@ def warn_if_collapsed(result: SteeringResult, prompts: Sequence[str]) -> None:
         )
 
 
-def join_results(results: list[SteeringResult]) -> SteeringResult:
-    """Groups of prompts, steered one after the other, as one result."""
+def join_results(results: list) -> Any:
+    """Groups of prompts, sampled one after the other, as one result of the same class."""
 
-    def baseline() -> BestOfN | None:
-        parts = [r.best_of_n for r in results]
-        if parts[0] is None:
-            return None
-        return BestOfN(
-            Samples.cat([b.samples for b in parts]),
-            Samples.cat([b.particles for b in parts]),
-            Scores.cat([b.scores for b in parts]),
-            torch.cat([b.best for b in parts]),
-        )
+    def join(name: str) -> Any:
+        parts = [getattr(result, name) for result in results]
+        if parts[0] is None or name == "steps":
+            return parts[0]
+        if isinstance(parts[0], BestOfN):
+            return join_results(parts)
+        if isinstance(parts[0], Tensor):
+            steps_first = name in ("ess", "ancestors", "lmbdas", "chosen")
+            return torch.cat(parts, 1 if steps_first else 0)
+        return type(parts[0]).cat(parts)
 
-    def cat(name: str, dim: int) -> Tensor:
-        return torch.cat([getattr(r, name) for r in results], dim)
-
-    return SteeringResult(
-        samples=Samples.cat([r.samples for r in results]),
-        particles=Samples.cat([r.particles for r in results]),
-        scores=Scores.cat([r.scores for r in results]),
-        **{name: cat(name, 0) for name in ("best", "log_weights", "log_z", "roots")},
-        **{name: cat(name, 1) for name in ("ess", "ancestors", "lmbdas")},
-        steps=results[0].steps,
-        best_of_n=baseline(),
-    )
+    return type(results[0])(**{field.name: join(field.name) for field in fields(results[0])})

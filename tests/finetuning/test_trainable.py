@@ -12,7 +12,9 @@ from torch import nn
 
 from diffreward.finetuning.options import LoRA, Training
 from diffreward.finetuning.trainable import Trainable
+from diffreward.networks.dna import DNAConvNet
 from diffreward.policies import load_lora, load_policy
+from diffreward.policies.dna import DNAPolicy
 from diffreward.policy import rollout, sample_generators
 
 FAMILIES = ["sd", "sdxl", "sd3", "flux", "ddpm"]
@@ -286,7 +288,9 @@ def test_targets_that_match_nothing(targets, message):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"has no attention projections.*end in: inner, outer"):
+    with pytest.raises(
+        ValueError, match=r"none of the layers that get adapters by.*end in: inner, outer"
+    ):
         toy(lora=LoRA())
     with pytest.raises(ValueError, match="rank must be at least 1, but 0 came"):
         toy(lora=LoRA(rank=0))
@@ -547,6 +551,26 @@ def test_policies_without_a_pipeline(tmp_path):
     net = Net().eval()
     load_model(net, tmp_path / "full" / "model.safetensors")
     assert torch.equal(net(x), full.network(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("dna", {"conv"}), ("protein", {"W1", "W2", "W3", "W_in", "W_out"})]
+)
+def test_adapters_of_sequence_networks(kind, names):
+    """The default ones, all of which take part."""
+    policy = load_policy("embedded:protein", num_steps=4, device="cpu")
+    if kind == "dna":
+        policy = DNAPolicy(DNAConvNet(channels=4, rounds=1), 10, num_steps=4)
+    trainable = Trainable(policy, Training())
+    scramble(trainable, 0.3)
+    adapted = {name.split(".lora_")[0].split(".")[-1] for name in trainable.parameters}
+    assert adapted == names
+    condition = policy.encode([""])
+    law = policy.step_law(policy.relax(policy.initial(condition)), 0, condition)
+    law.x0.square().sum().backward()
+    for name, p in trainable.parameters.items():
+        assert p.grad.abs().max() > 0, name
+    assert (policy.reference().step_law(law.x, 0, condition).x0 - law.x0).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("family", ["sd", "ddpm"])

@@ -27,6 +27,28 @@ def test_sequences_are_told_from_pipelines(tmp_path):
     assert isinstance(load_policy(tiny.sd(), num_steps=2), StableDiffusionPolicy)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"architectures": ["BertForMaskedLM"]}', "in it lacks files"),
+        ('{"auto_map": {"AutoModelForMaskedLM": "a--b.C"}}', "in it lacks files"),
+        ('{"architectures": ["BertModel"]}', "no model_index.json in it"),
+        ('{"architectures": null}', "no model_index.json in it"),
+        ("[]", "no model_index.json in it"),
+    ],
+)
+def test_text_is_told_from_pipelines(config, message, tmp_path, monkeypatch):
+    def load(spec, *, length=None):
+        raise FileNotFoundError(f"{length} {spec} in it lacks files")
+
+    monkeypatch.setattr("diffreward.policies.text.load_text", load)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(FileNotFoundError, match=message):
+        load_policy(tmp_path)
+    with pytest.raises(FileNotFoundError, match="^3 owner/name in it lacks"):
+        load_policy("text:owner/name", length=3)
+
+
 def test_options_of_all_and_of_some(tmp_path):
     DNAConvNet(channels=8, rounds=1, dilations=(1,)).save_pretrained(tmp_path)
     policy = load_policy(tmp_path, guidance_scale=1.0, height=None, dtype="bfloat16", tau=0.5)
