@@ -75,8 +75,8 @@ def steer(argv: Sequence[str]) -> int:
             prompts, result, guide.info.name, judges, policy.num_steps, config.steer.ess_threshold
         )
         about = environment(policy.device, seed=config.seed, seconds=seconds)
-        found.write(folder, to_yaml(replace(config, prompts=prompts)), about)
-    print(f"{found.summary()}\n\n{found.roots()}; {seconds:.0f} s\nsee {folder / 'grid.png'}")
+        first = found.write(folder, to_yaml(replace(config, prompts=prompts)), about)
+    print(f"{found.summary()}\n\n{found.roots()}; {seconds:.0f} s\nsee {first}")
     return 0
 
 
@@ -101,12 +101,17 @@ def _judges(config: SteerConfig, guide, prompts: list[str]) -> dict:
     from diffreward.samples import Samples
 
     blank, judges = Samples(torch.ones(1, 3, 64, 64), "image", [""]), {}
+    kind = guide.info.modality
     for spec in config.judges:
         if spec == config.reward:
             say(f"{guide.info.name} guides, so it is no judge and is left out of the judges")
             continue
         judge = make_reward(spec)
-        can, problem = judge_prompts(judge, prompts, blank)
+        if kind in (None, "image"):
+            can, problem = judge_prompts(judge, prompts, blank)
+        else:  # of other kinds there is no blank: their shape is the model's
+            can = [judge.info.modality in (None, kind)] * len(prompts)
+            problem = f"it scores {judge.info.modality}, not {kind}"
         label = distinct(judge.info.name, [guide.info.name, *judges])
         if any(can):
             judges[label] = judge, can

@@ -91,6 +91,19 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(line + "\n" for line in lines))
 
 
+def fasta(records: Iterable[tuple[str, dict[str, float], str]]) -> str:
+    """Named sequences with their rewards: ``>name label=value ...`` and the letters, on one line.
+
+    Rewards that could not be judged (NaN) are left out, and a label's spaces become underscores.
+    """
+    lines = []
+    for name, scores, sequence in records:
+        known = {label.replace(" ", "_"): v for label, v in scores.items() if not math.isnan(v)}
+        lines.append(" ".join([f">{name}", *(f"{label}={v:.6g}" for label, v in known.items())]))
+        lines.append(sequence)
+    return "".join(line + "\n" for line in lines)
+
+
 def plain(value: Any) -> Any:
     """``value`` with tensors as numbers or lists, and only numbers that JSON has."""
     if isinstance(value, Tensor):

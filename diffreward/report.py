@@ -1,4 +1,4 @@
-"""What a run of steering or scoring shows: summaries, grids, lineages, a short account."""
+"""What a run of steering or scoring shows: summaries, grids, logos, lineages, a short account."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from diffreward.files import plain, table, write_atomic, write_jsonl, write_text
-from diffreward.pictures import Cell, image_grid, save_image, to_pil
+from diffreward.files import fasta, plain, table, write_jsonl, write_text
+from diffreward.pictures import (
+    Cell,
+    image_grid,
+    letter_set,
+    logo_figure,
+    save_figure,
+    save_image,
+    to_pil,
+)
 from diffreward.rewards import Reward, evaluate
-from diffreward.samples import Samples
+from diffreward.samples import ALPHABETS, Samples, to_strings, written
 from diffreward.steering import SteeringResult
 
 # --------------------------------------------------------------------------------------------
@@ -100,6 +108,17 @@ class SteeringReport:
             scores[label] = value.view(-1, self.k)
         return Arm(found.particles, scores, found.best)
 
+    @property
+    def arms(self) -> dict[str, Arm]:
+        """By name: "plain", if there is a comparison, and "steered"."""
+        return {**({"plain": self.plain} if self.plain else {}), "steered": self.steered}
+
+    @property
+    def modality(self) -> str:
+        """Of the samples; "sequence" for all whose letters are known."""
+        modality = self.steered.samples.modality
+        return "sequence" if modality in ALPHABETS else modality
+
     # -- numbers ------------------------------------------------------------------------------
 
     @property
@@ -107,12 +126,16 @@ class SteeringReport:
         """The ways of sampling compared."""
         return [*(["unsteered", f"best-of-{self.k}"] if self.plain else []), "steered"]
 
-    def means(self, label: str) -> list[float]:
-        """Mean reward over the prompts, one per column; unsteered: over all plain particles."""
+    def values(self, label: str) -> list[Float[Tensor, " n"]]:
+        """Rewards, one set per column: of all plain particles, and of each prompt's best."""
         values = [self.steered.chosen(label)]
         if self.plain:
-            values = [self.plain.scores[label], self.plain.chosen(label), *values]
-        return [value.double().nanmean().item() for value in values]
+            values = [self.plain.scores[label].flatten(), self.plain.chosen(label), *values]
+        return values
+
+    def means(self, label: str) -> list[float]:
+        """Mean of `values`, one per column."""
+        return [value.double().nanmean().item() for value in self.values(label)]
 
     def summary(self, *, markdown: bool = False) -> str:
         """The table of mean rewards."""
@@ -135,8 +158,7 @@ class SteeringReport:
 
     def rows(self) -> Iterable[dict]:
         """One record per particle, for ``scores.jsonl``."""
-        arms = [("plain", self.plain)] if self.plain else []
-        for name, arm in [*arms, ("steered", self.steered)]:
+        for name, arm in self.arms.items():
             root = _roots_of(self.result.ancestors, self.k)
             for p, prompt in enumerate(self.prompts):
                 for particle in range(self.k):
@@ -152,6 +174,7 @@ class SteeringReport:
                         "chosen": bool(arm.best[p] == particle),
                         "log_weight": self.result.log_weights[p, particle] if steered else None,
                         "root": int(root[-1, p, particle]) if steered else particle,
+                        **written(arm.samples, p * self.k + particle),
                     }
 
     # -- pictures -----------------------------------------------------------------------------
@@ -176,18 +199,82 @@ class SteeringReport:
             rows.append((prompt, cells))
         return image_grid(self.columns, rows)
 
-    def write(self, folder: Path, config_yaml: str, environment: dict[str, Any]) -> None:
-        """Put everything into ``folder``; the numbers first, so that no plot can lose them."""
+    def fasta(self) -> str:
+        """Each prompt's steered best, then all plain sequences, with their rewards.
+
+        Records are called ``steered-p-j`` and ``plain-p-j``: of prompt p, particle j.
+        """
+        records = []
+        for name, arm in reversed(self.arms.items()):
+            letters = to_strings(arm.samples.data, arm.samples.modality)
+            for p in range(len(self.prompts)):
+                for j in range(self.k) if name == "plain" else [int(arm.best[p])]:
+                    scores = {label: s[p, j].item() for label, s in arm.scores.items()}
+                    records.append((f"{name}-{p}-{j}", scores, letters[p * self.k + j]))
+        return fasta(records)
+
+    def logo(self):
+        """The letters of all plain particles above those of all steered ones, by their weights."""
+        data, modality = self.steered.samples.data, self.steered.samples.modality
+        weights = self.result.log_weights.softmax(1).flatten()
+        sets = [letter_set("steered, by their weights", data, modality, weights)]
+        if self.plain:
+            sets.insert(0, letter_set("unsteered", self.plain.samples.data, modality))
+        return logo_figure(sets, modality)
+
+    def distributions(self):
+        """A panel per reward: every value of every way of sampling, and the means."""
+        from matplotlib.figure import Figure
+
+        labels, columns = list(self.steered.scores), self.columns
+        figure = Figure(figsize=(6.5, 0.4 + len(labels) * (0.6 + 0.4 * len(columns))))
+        figure.set_layout_engine("constrained")
+        axes = figure.subplots(len(labels), squeeze=False)[:, 0]
+        for axis, label in zip(axes, labels, strict=True):
+            for n, value in enumerate(self.values(label)):
+                value = value[~value.isnan()].double()
+                # spread evenly by rank, so that equal values can be told apart
+                up = n + 0.3 * torch.linspace(-1, 1, len(value)).roll(len(value) // 2)
+                colour = "#888888" if n < len(columns) - 1 else "C0"
+                axis.plot(value, up, "o", ms=4.5, alpha=0.6, mew=0, color=colour)
+                if len(value):
+                    axis.plot([value.mean()] * 2, (n - 0.4, n + 0.4), color="black", lw=1.6)
+            axis.set_yticks(range(len(columns)), columns, fontsize=8)
+            axis.set_ylim(len(columns) - 0.5, -0.5)
+            axis.tick_params(labelsize=8)
+            axis.grid(axis="x", alpha=0.25)
+            role = "guide" if label == self.guide else "held out"
+            axis.set_title(f"{label} ({role})", fontsize=9, loc="left")
+        return figure
+
+    def write(self, folder: Path, config_yaml: str, environment: dict[str, Any]) -> Path:
+        """Put everything into ``folder``; the numbers first, so that no plot can lose them.
+
+        Returns:
+            What to look at first.
+        """
         write_jsonl(folder / "scores.jsonl", self.rows())
         write_text(folder / "config.yaml", config_yaml)
         write_text(folder / "env.json", json.dumps(plain(environment), indent=2) + "\n")
-        for p, prompt in enumerate(self.prompts):
-            image = self.result.samples.data[p]
-            save_image(folder / "images" / f"{p:03d}-{slug(prompt)}.png", to_pil(image))
-        save_image(folder / "grid.png", self.grid())
+        first = folder / "scores.jsonl"
+        if self.modality == "image":
+            first = folder / "grid.png"
+            for p, prompt in enumerate(self.prompts):
+                image = self.result.samples.data[p]
+                save_image(folder / "images" / f"{p:03d}-{slug(prompt)}.png", to_pil(image))
+            save_image(first, self.grid())
+        elif self.modality == "sequence":
+            first = folder / "logo.png"
+            write_text(folder / "samples.fasta", self.fasta())
+            save_figure(first, self.logo())
+            save_figure(folder / "rewards.png", self.distributions())
+        elif self.modality == "text":
+            first = folder / "samples.txt"
+            write_text(first, "".join(" ".join(t.split()) + "\n" for t in self.result.samples.data))
         write_text(folder / "README.md", self.readme(environment))
         figure = lineage_figure(self.result, self.prompts, self.num_steps, self.threshold)
-        write_atomic(folder / "lineage.png", lambda path: figure.savefig(path, dpi=120))
+        save_figure(folder / "lineage.png", figure)
+        return first
 
     def readme(self, environment: dict[str, Any]) -> str:
         """A short account of the run, in Markdown."""
@@ -211,7 +298,7 @@ class SteeringReport:
                 "",
             ]
         lines += [
-            "The guiding reward rises because it was asked to; whether the pictures became better "
+            "The guiding reward rises because it was asked to; whether the samples became better "
             "is for the held-out rewards and your eyes to say, and a handful of prompts is no "
             "proof.",
             "",
@@ -219,9 +306,7 @@ class SteeringReport:
             "",
             "| file | what it is |",
             "| --- | --- |",
-            "| `grid.png` | prompts down, ways of sampling across; the unsteered column is each "
-            "prompt's first plain sample |",
-            "| `images/` | the steered picture of every prompt |",
+            *_FILES.get(self.modality, ()),
             "| `scores.jsonl` | one line per particle: scores, log-weight, root, whether chosen |",
             "| `lineage.png` | who descends from whom, and the effective sample size |",
             "| `config.yaml` | repeats it: `diffreward steer --config config.yaml --output NEW` |",
@@ -229,6 +314,25 @@ class SteeringReport:
             "",
         ]
         return "\n".join(lines)
+
+
+_FILES = {
+    "image": (
+        "| `grid.png` | prompts down, ways of sampling across; the unsteered column is each "
+        "prompt's first plain sample |",
+        "| `images/` | the steered picture of every prompt |",
+    ),
+    "sequence": (
+        "| `samples.fasta` | every prompt's steered sequence, and all plain ones if any were "
+        "drawn, with their rewards |",
+        "| `logo.png` | letters by position, in bits: all plain particles, and all steered ones "
+        "by their weights; the dotted line is what as many random letters would show. Copies of "
+        "one particle look like conservation: see `lineage.png` |",
+        "| `rewards.png` | every value of every reward, by way of sampling; bars are means |",
+    ),
+    "text": ("| `samples.txt` | the steered text of every prompt, one a line |",),
+}
+"""Modality -> lines of the README's table."""
 
 
 def slug(text: str, length: int = 40) -> str:

@@ -147,6 +147,17 @@ def to_strings(data: Tensor, modality: str) -> list[str]:
     return ["".join(letters[k] for k in numbers) for numbers in tokens]
 
 
+def written(samples: Samples, row: int) -> dict[str, Any]:
+    """What a sample is, for a record: its text, sequence or tokens; nothing for anything else."""
+    data = samples.data
+    if isinstance(data, list):
+        return {"text": data[row]}
+    if samples.modality in ALPHABETS:
+        return {"sequence": to_strings(data[row : row + 1], samples.modality)[0]}
+    tokens = not data.is_floating_point() and data.ndim == 2
+    return {"tokens": data[row]} if tokens else {}
+
+
 def _take(value, indices):
     if value is None:
         return None

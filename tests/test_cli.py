@@ -17,10 +17,13 @@ from diffreward import policies, report
 from diffreward.cli import VERBS, main
 from diffreward.config import ScoreConfig, SteerConfig, lists_of_words, parse
 from diffreward.doctor import Finding
-from diffreward.rewards import available_rewards
+from diffreward.rewards import available_rewards, evaluate, make_reward
+from diffreward.samples import Samples, to_tokens
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs" / "steer").glob("*.yaml"))
+SEQUENCES = ("embedded:protein", "embedded:dna")
+UBIQUITIN = str(ROOT / "assets" / "structures" / "1ubi.pdb")
 # what makes a run quick, and independent of the embedded models
 QUICK = ["--reward.name", "target_color", "--judges", "[colorfulness]", "--model.num_steps", "5"]
 
@@ -223,6 +226,8 @@ def test_hub_id_without_network(capsys):
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_runs_with_the_embedded_models_in_place_of_its_own(file, capsys):
     config = parse(SteerConfig, ["--config", str(file)], "diffreward steer")
+    if config.model.spec in SEQUENCES:
+        pytest.skip("a model of sequences: see the next test")
     argv = ["--config", str(file), "--model.num_steps", "3", "--output", "run"]
     if config.model.spec != "embedded:emoji":
         own = "[clip_judge, shapes_checker]"
@@ -232,6 +237,32 @@ def test_every_config_runs_with_the_embedded_models_in_place_of_its_own(file, ca
     assert main(["steer", *argv]) == 0
     assert "clip_judge (held out)" in capsys.readouterr().out
     assert len(lines(Path("run/scores.jsonl"))) == 2 * 2 * config.steer.num_particles
+
+
+@pytest.mark.parametrize("file", [file for file in CONFIGS if "protein" in file.stem], ids=str)
+def test_every_config_of_proteins_runs(file, capsys):
+    """As it is, but for its size and with a judge of pictures, who is left out."""
+    SeqIO = pytest.importorskip("Bio.SeqIO")
+    judges = "[clip_judge, {name: mpnn_likelihood, weights: s_48_020}]"
+    argv = ["--config", str(file), "--model.num_steps", "3", "--output", "run", "--judges", judges]
+    argv += ["--prompts", "[one]", "--steer.num_particles", "2", "--steer.schedule", "[1]"]
+    assert main(["steer", *argv]) == 0
+    out, err = capsys.readouterr()
+    assert "clip_judge cannot judge these prompts and is left out: it scores image" in err
+    assert "mpnn_likelihood (held out)" in out and "see run/logo.png" in out
+    rows = lines(Path("run/scores.jsonl"))
+    written = list(SeqIO.parse("run/samples.fasta", "fasta"))
+    assert len(rows) == 4 and [r.id.split("-")[0] for r in written] == ["steered"] + ["plain"] * 2
+    assert {len(row["sequence"]) for row in rows} == {76}
+    # what is written is what was judged
+    judge = make_reward({"name": "mpnn_likelihood", "weights": "s_48_020", "structure": UBIQUITIN})
+    tokens = torch.stack([to_tokens(row["sequence"], "protein") for row in rows])
+    found = evaluate(judge, Samples(tokens, "protein")).value
+    told = torch.tensor([row["held_out"]["mpnn_likelihood"] for row in rows])
+    torch.testing.assert_close(found, told, rtol=0, atol=1e-4)
+    for name in ("logo.png", "rewards.png", "lineage.png"):
+        with Image.open(f"run/{name}") as image:
+            assert image.width > 300
 
 
 def test_long_prompt_is_warned_about(caplog):

@@ -22,13 +22,16 @@ from diffreward import policies
 from diffreward.cli import main
 from diffreward.config import FinetuneConfig, parse, read_prompts
 from diffreward.finetuning import Training
+from diffreward.networks.dna import DNAConvNet
 from diffreward.policies import load_policy
+from diffreward.policies.dna import DNAPolicy
 from diffreward.policy import rollout, sample_generators
 from diffreward.rewards import evaluate, make_reward
 from diffreward.samples import Samples
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
+OF_SEQUENCES = [file for file in CONFIGS if file.stem in ("drakes_dna", "drakes_protein")]
 PROMPTS = ["a red heart", "a blue star"]
 # what makes a run quick; a learning rate at which two updates can be seen
 SMALL = {
@@ -521,7 +524,10 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+OF_IMAGES = [file for file in CONFIGS if file not in OF_SEQUENCES]
+
+
+@pytest.mark.parametrize("file", OF_IMAGES, ids=lambda file: file.stem)
 def test_every_config_runs_on_a_tiny_model_of_its_family(file, monkeypatch, capsys):
     """Everything as configured but the weights, sizes and numbers; in the precision of a GPU."""
     config = parse(FinetuneConfig, ["--config", str(file)], "diffreward finetune")
@@ -551,6 +557,45 @@ def test_every_config_runs_on_a_tiny_model_of_its_family(file, monkeypatch, caps
     assert yaml.safe_load(Path("run/config.yaml").read_text())["prompts"] == read_prompts(
         config.prompts
     )
+
+
+@pytest.mark.parametrize("file", OF_SEQUENCES, ids=lambda file: file.stem)
+def test_every_config_of_sequences_runs(file, monkeypatch):
+    """Proteins as configured but for the size; DNA by a tiny network and plain rewards."""
+    SeqIO = pytest.importorskip("Bio.SeqIO")
+    argv = ["--config", str(file), "--output", "run", "--model.num_steps", "9"]
+    small = {"iterations": 1, "samples_per_prompt": 2, "eval_samples": 2, "evaluate_every": 0}
+    for name, value in {**small, "checkpoint_every": 0, "loggers": "[]"}.items():
+        argv += [f"--training.{name}", str(value)]
+    load, length = load_policy, 76
+    if file.stem == "drakes_dna":
+        network, length = DNAConvNet(channels=8, dilations=(1, 2), rounds=1), 20
+
+        def load(spec, num_steps, **options):
+            assert (spec, options.pop("length")) == ("embedded:dna", 200)
+            assert options.pop("guidance_scale") == 1  # none
+            return DNAPolicy(copy.deepcopy(network), length, num_steps=num_steps, **options)
+
+        monkeypatch.setattr(policies, "load_policy", load)
+        argv += ["--reward", "gc_content", "--judges", "[homopolymer]"]
+    assert main(["finetune", *argv]) == 0
+    rows = lines(Path("run/samples/iteration-000001.jsonl"))
+    written = list(SeqIO.parse("run/before_after.fasta", "fasta"))
+    assert [str(r.seq) for r in written[2:]] == [row["sequence"] for row in rows]
+    assert {len(r) for r in written} == {length} and len(written) == 4
+    with Image.open("run/logos.png") as image:
+        assert image.width > 1000
+    # the card's own words load the trained network
+    card = Path("run/README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    assert "diffusers" not in card and "load_model(policy.denoiser" in code
+    if file.stem == "drakes_protein":
+        monkeypatch.chdir("run")
+        found: dict = {}
+        exec(code, found)
+        untrained = load_policy("embedded:protein").denoiser.state_dict()
+        weights = found["policy"].denoiser.state_dict()
+        assert any(not torch.equal(untrained[name], w) for name, w in weights.items())
 
 
 # -- processes -----------------------------------------------------------------------------------

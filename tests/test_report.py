@@ -1,7 +1,12 @@
+import dataclasses
+import json
+import math
+
 import pytest
 import torch
 from painter import Painter
 from PIL import Image
+from token_toys import TokenChain
 
 from diffreward import files, report
 from diffreward.rewards import make_reward
@@ -21,6 +26,18 @@ def run():
         "shapes_checker": (make_reward("shapes_checker"), [True, False]),
     }
     return report.SteeringReport(prompts, result, "target_color", judges, 6, 0.98)
+
+
+@pytest.fixture(scope="module")
+def designs():
+    """A run over DNA of 5 letters."""
+    policy = TokenChain(4, length=5, vocabulary=4)
+    policy.modality = "dna"
+    guide, judge = make_reward("gc_content"), make_reward("homopolymer")
+    prompts = ["one", "two"]
+    result = steer(policy, guide, prompts, num_particles=3, lmbda=3.0, best_of_n=True)
+    judges = {"homopolymer": (judge, [True, False])}
+    return report.SteeringReport(prompts, result, "gc_content", judges, 4, 0.5)
 
 
 # -- steering -----------------------------------------------------------------------------------
@@ -67,6 +84,84 @@ def test_write(run, tmp_path):
         assert image.size == (16, 16)
     readme = (tmp_path / "README.md").read_text()
     assert "best-of-3" in readme and "6 chains of 6 steps" in readme
+
+
+def test_sequences_are_written_in_letters(designs, tmp_path):
+    """As Biopython reads them: each prompt's steered best, then all plain ones."""
+    SeqIO = pytest.importorskip("Bio.SeqIO")
+    first = designs.write(tmp_path, "seed: 0\n", files.environment("cpu", seconds=1.0))
+    assert first == tmp_path / "logo.png"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md", "config.yaml", "env.json", "lineage.png", "logo.png", "rewards.png",
+        "samples.fasta", "scores.jsonl",
+    }  # fmt: skip
+    records = list(SeqIO.parse(tmp_path / "samples.fasta", "fasta"))
+    best = designs.result.best.tolist()
+    names = [f"steered-{p}-{best[p]}" for p in range(2)]
+    assert [r.id for r in records] == names + [f"plain-{p}-{j}" for p in range(2) for j in range(3)]
+    for record in records:
+        scores = dict(word.split("=") for word in record.description.split()[1:])
+        share = sum(letter in "GC" for letter in record.seq) / 5
+        assert float(scores["gc_content"]) == pytest.approx(share)
+        assert ("homopolymer" in scores) == record.id.split("-")[1].startswith("0")
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    known = {f"{r['arm']}-{r['prompt_index']}-{r['particle']}": r["sequence"] for r in rows}
+    assert len(known) == 12 and all(known[r.id] == str(r.seq) for r in records)
+    readme = (tmp_path / "README.md").read_text()
+    for name in ("samples.fasta", "logo.png", "rewards.png", "lineage.png"):
+        assert f"`{name}`" in readme
+    assert "grid.png" not in readme and "picture" not in readme
+
+
+def test_logo_counts_particles_by_their_weights(designs, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(
+        report, "logo_figure", lambda sets, m: shown.update({s.title: s for s in sets})
+    )
+    designs.logo()
+    x = torch.nn.functional.one_hot(designs.result.particles.data, 4).double()
+    w = designs.result.log_weights.double().exp()
+    w = (w / w.sum(1, keepdim=True)).flatten() / 2  # prompts count the same
+    expected = (w[:, None, None] * x).sum(0)
+    torch.testing.assert_close(shown["steered, by their weights"].share, expected)
+    plain = torch.nn.functional.one_hot(designs.result.best_of_n.particles.data, 4).double()
+    torch.testing.assert_close(shown["unsteered"].share, plain.mean(0))
+    assert list(shown) == ["unsteered", "steered, by their weights"]
+
+
+def test_distributions_show_every_value(designs):
+    axes = designs.distributions().axes
+    assert [a.get_title("left") for a in axes] == ["gc_content (guide)", "homopolymer (held out)"]
+    for axis, label in zip(axes, designs.steered.scores, strict=True):
+        assert [t.get_text() for t in axis.get_yticklabels()] == designs.columns
+        dots = [line for line in axis.lines if line.get_marker() == "o"]
+        bars = [line.get_xdata()[0] for line in axis.lines if line.get_marker() != "o"]
+        for line, value in zip(dots, designs.values(label), strict=True):
+            known = [v for v in value.tolist() if not math.isnan(v)]
+            assert sorted(line.get_xdata()) == pytest.approx(sorted(known))
+        assert bars == pytest.approx(designs.means(label))
+    assert [len(v) for v in designs.values("gc_content")] == [6, 2, 2]
+
+
+@pytest.mark.parametrize("modality", ["text", "toy"])
+def test_texts_and_anything_else(modality, tmp_path):
+    policy = TokenChain(2)
+    result = steer(policy, lambda samples: torch.zeros(len(samples)), ["x"], num_particles=2)
+    if modality == "text":
+        texts = [["two\nlines"], ["two\nlines", "other"]]
+        chosen, all_of = (Samples(data, "text") for data in texts)
+        result = dataclasses.replace(result, samples=chosen, particles=all_of)
+    found = report.SteeringReport(["x"], result, "nothing", {}, 2)
+    first = found.write(tmp_path, "", files.environment("cpu"))
+    names = {path.name for path in tmp_path.iterdir()}
+    always = {"README.md", "config.yaml", "env.json", "lineage.png", "scores.jsonl"}
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    if modality == "text":
+        assert names == {*always, "samples.txt"} and first.name == "samples.txt"
+        assert first.read_text() == "two lines\n" and rows[0]["text"] == "two\nlines"
+    else:
+        assert names == always and first.name == "scores.jsonl"
+        assert rows[1]["tokens"] == result.particles.data[1].tolist()
 
 
 def test_write_without_comparison_or_selection(tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffreward.files import plain, table
 from diffreward.finetuning.figures import summary
 from diffreward.finetuning.monitor import Evaluation, paired
+from diffreward.samples import ALPHABETS
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Card:
     note: str = ""
 
 
-def front_matter(card: Card) -> str:
+def front_matter(card: Card, *, sequences: bool = False) -> str:
     """The hub's metadata. The licence is that of the pretrained model, which is not known here."""
     about: dict[str, Any] = {
-        "library_name": "diffusers",
+        "library_name": "diffreward" if sequences else "diffusers",
         "license": "other",
         "license_name": "that-of-the-base-model",
         "tags": [
@@ -72,8 +73,19 @@ def is_hub_id(model: str) -> bool:
     return re.fullmatch(f"{word}/{word}", model) is not None and not Path(model).exists()
 
 
-def loading_code(card: Card) -> str:
-    """Python that loads the result."""
+def loading_code(card: Card, *, sequences: bool = False) -> str:
+    """Python that loads the result: of a pipeline, or of a policy of sequences."""
+    if sequences:
+        lines = [
+            "from diffreward import load_policy",
+            "",
+            f"policy = load_policy({card.model!r})  # with the model options of config.yaml",
+        ]
+        if card.method == "lora":
+            lines[:1] = [lines[0], "from diffreward.policies import load_lora"]
+            return "\n".join([*lines, 'load_lora(policy, "final", fuse=True)'])
+        lines[:1] = ["from safetensors.torch import load_model", "", lines[0]]
+        return "\n".join([*lines, 'load_model(policy.denoiser, "final/model.safetensors")'])
     if card.model.startswith("embedded:") and card.method == "lora":
         return (
             f"from diffreward import load_policy\n\n"
@@ -122,8 +134,10 @@ def readme(
     """The model card, in Markdown with the hub's front matter."""
     what = "LoRA adapters" if card.method == "lora" else "All weights"
     count = f"{len(after.prompts)} prompts, {after.k} samples each"
+    sequences = after.samples.modality in ALPHABETS
+    trained = "the pipeline" if not sequences else "the trained network"
     lines = [
-        front_matter(card),
+        front_matter(card, sequences=sequences),
         f"# {card.model}, finetuned with {card.algorithm}",
         "",
         f"{what} of `{card.model}`, finetuned towards the reward `{card.reward}` with "
@@ -148,12 +162,13 @@ def readme(
         *_warnings(warnings),
         "",
         *(["![before and after](before_after.png)", ""] if images else []),
+        *(_LOGOS if sequences else []),
         "![curves](curves.png)",
         "",
         "## Use",
         "",
         "```python",
-        (card.loading or loading_code(card)).strip(),
+        (card.loading or loading_code(card, sequences=sequences)).strip(),
         "```",
         "",
         "## Hyper-parameters",
@@ -171,7 +186,8 @@ def readme(
         "",
         "| file | what it is |",
         "| --- | --- |",
-        f"| `final/` | {'the adapters' if card.method == 'lora' else 'the pipeline'} |",
+        f"| `final/` | {'the adapters' if card.method == 'lora' else trained} |",
+        *(["| `before_after.fasta` | the sequences, with their rewards |"] if sequences else []),
         "| `samples/` | the evaluations: pictures, if it makes any, and scores |",
         "| `metrics.jsonl` | one line per iteration and per evaluation |",
         "| `config.yaml` | the whole configuration |",
@@ -181,6 +197,15 @@ def readme(
         "",
     ]
     return "\n".join(lines)
+
+
+_LOGOS = [
+    "![logos, before above after](logos.png)",
+    "",
+    "Letters by position over all evaluated samples, in bits; the dotted line is what as many "
+    "random letters would show.",
+    "",
+]
 
 
 def _verdict(before: Evaluation, after: Evaluation) -> str:

@@ -10,9 +10,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffreward.files import fasta
 from diffreward.finetuning.monitor import Evaluation, paired
-from diffreward.pictures import Cell, image_grid
-from diffreward.samples import ALPHABETS, to_strings
+from diffreward.pictures import Cell, image_grid, letter_set, logo_figure
+from diffreward.samples import ALPHABETS, to_strings, written
 
 
 def summary(before: Evaluation, now: Evaluation) -> dict[str, Any]:
@@ -43,7 +44,6 @@ def summary(before: Evaluation, now: Evaluation) -> dict[str, Any]:
 
 def sample_rows(evaluation: Evaluation) -> Iterable[dict[str, Any]]:
     """One record per sample, with what it is where it is no picture."""
-    data = evaluation.samples.data
     for row in range(len(evaluation.samples)):
         p = row // evaluation.k
         yield {
@@ -53,34 +53,34 @@ def sample_rows(evaluation: Evaluation) -> Iterable[dict[str, Any]]:
             "scores": {label: v[row].item() for label, v in evaluation.scores.items()},
             "probes": {name: v[row].item() for name, v in evaluation.probes.items()},
             "kl": None if evaluation.kl is None else evaluation.kl[row].item(),
-            **_written(evaluation.samples.modality, data, row),
+            **written(evaluation.samples, row),
         }
 
 
-def _written(modality: str, data: Any, row: int) -> dict[str, Any]:
-    if isinstance(data, list):
-        return {"text": data[row]}
-    if modality in ALPHABETS:
-        return {"sequence": to_strings(data[row : row + 1], modality)[0]}
-    tokens = not data.is_floating_point() and data.ndim == 2
-    return {"tokens": data[row]} if tokens else {}
-
-
-def fasta(before: Evaluation, after: Evaluation) -> str | None:
-    """The sequences of both, with their rewards in the headers; None if they are none.
+def sequences(before: Evaluation, after: Evaluation) -> str | None:
+    """The sequences of both as FASTA, with their rewards in the headers; None if they are none.
 
     Records are called ``before-p-j`` and ``after-p-j``: of prompt p, sample j.
     """
     if after.samples.modality not in ALPHABETS:
         return None
-    lines = []
+    records = []
     for when, evaluation in (("before", before), ("after", after)):
         letters = to_strings(evaluation.samples.data, evaluation.samples.modality)
         for row, sequence in enumerate(letters):
             p, j = divmod(row, evaluation.k)
-            scores = " ".join(f"{n}={v[row].item():.6g}" for n, v in evaluation.scores.items())
-            lines += [f">{when}-{p}-{j} {scores}", sequence]
-    return "\n".join(lines) + "\n"
+            scores = {label: value[row].item() for label, value in evaluation.scores.items()}
+            records.append((f"{when}-{p}-{j}", scores, sequence))
+    return fasta(records)
+
+
+def logos(before: Evaluation, after: Evaluation):
+    """The letters of all sequences, before above after; None if they are none."""
+    modality = after.samples.modality
+    if modality not in ALPHABETS:
+        return None
+    both = (("before", before), ("after", after))
+    return logo_figure([letter_set(when, e.samples.data, modality) for when, e in both], modality)
 
 
 def pictures(evaluation: Evaluation) -> Float[Tensor, "n 3 h w"] | None:

@@ -6,8 +6,8 @@ file                          what it is
 `samples/iteration-N.png`     the evaluation after N iterations: prompts down, samples across
 `samples/iteration-N.jsonl`   its scores
 `samples/*.safetensors`       the first and the latest evaluation, for a resumed run
-`before_after.png`            the same prompts and seeds before and after; of sequences
-                              `before_after.fasta`
+`before_after.png`            the same prompts and seeds before and after; of sequences instead
+                              `before_after.fasta`, and `logos.png`, their letters by position
 `curves.png`                  rewards, KL and diversity over the run
 `README.md`                   model card
 `tensorboard/`, ...           the same numbers for trackers, by option
@@ -32,20 +32,21 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from diffreward.files import plain, write_atomic, write_jsonl, write_text
+from diffreward.files import plain, write_jsonl, write_text
 from diffreward.finetuning.card import Card, check_hub, comparison, push_to_hub, readme
 from diffreward.finetuning.figures import (
     before_after,
     curves,
-    fasta,
+    logos,
     pictures,
     sample_grid,
     sample_rows,
+    sequences,
     summary,
 )
 from diffreward.finetuning.monitor import Evaluation
 from diffreward.finetuning.team import Team
-from diffreward.pictures import save_image
+from diffreward.pictures import save_figure, save_image
 
 __all__ = [
     "TRACKERS",
@@ -231,10 +232,10 @@ class Record:
         write_text(self.folder / "README.md", text)
         if images:
             save_image(self.folder / "before_after.png", before_after(self.before, self.after))
-        if (sequences := fasta(self.before, self.after)) is not None:
-            write_text(self.folder / "before_after.fasta", sequences)
-        figure = curves(self._rows)
-        write_atomic(self.folder / "curves.png", lambda path: figure.savefig(path, dpi=120))
+        if (letters := sequences(self.before, self.after)) is not None:
+            write_text(self.folder / "before_after.fasta", letters)
+            save_figure(self.folder / "logos.png", logos(self.before, self.after))
+        save_figure(self.folder / "curves.png", curves(self._rows))
 
     def close(self) -> None:
         """End the progress bar and the trackers."""

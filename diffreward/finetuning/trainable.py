@@ -294,7 +294,11 @@ def _targets(
 ) -> list[str]:
     """Full names of the layers that get an adapter; of the default targets, those there are."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-    layers = [name for name, m in network.named_modules() if isinstance(m, kinds)]
+    # peft's adapters of convolutions know no dilation
+    layers = [
+        name for name, m in network.named_modules()
+        if isinstance(m, kinds) and set(getattr(m, "dilation", (1,))) == {1}
+    ]  # fmt: skip
     kind = type(network).__name__
 
     def ends(target: str) -> list[str]:

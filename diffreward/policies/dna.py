@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffreward._assets import asset_path
 from diffreward.networks.dna import DNAConvNet
+from diffreward.policies.lora import load_lora
 from diffreward.policies.masked import MaskedPolicy
 from diffreward.policy import Condition
 from diffreward.samples import ALPHABETS
@@ -35,7 +36,7 @@ class DNAPolicy(MaskedPolicy):
     """
 
     denoiser: DNAConvNet
-    lora_targets = ("conv",)
+    lora_targets = ("stem", "conv", "head.0", "head.2")  # adapters are of undilated ones alone
 
     def __init__(self, denoiser: DNAConvNet, length: int = 200, **options) -> None:
         super().__init__(denoiser, denoiser.vocabulary, "dna", **options)
@@ -105,6 +106,7 @@ def load_dna(
     length: int = 200,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    lora: str | os.PathLike | None = None,
     **options,
 ) -> DNAPolicy:
     """The policy of a folder that `DNAConvNet.save_pretrained` wrote.
@@ -115,6 +117,7 @@ def load_dna(
         length: of the sequences; the network takes any, but knows those it was trained on.
         device: None: a GPU if there is one.
         dtype: of the network.
+        lora: folder of a LoRA that finetuning saved, which is added to the weights.
         options: of `MaskedPolicy` (schedule, temperature, top_p, relaxation, tau, remasking).
 
     Raises:
@@ -124,4 +127,7 @@ def load_dna(
     folder = asset_path("dna/policy") if folder is None else folder
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     network = DNAConvNet.from_pretrained(folder).to(device=device, dtype=dtype)
-    return DNAPolicy(network, length, num_steps=num_steps, **options)
+    policy = DNAPolicy(network, length, num_steps=num_steps, **options)
+    if lora is not None:
+        load_lora(policy, lora, fuse=True)
+    return policy

@@ -24,6 +24,7 @@ from torch import Tensor
 from diffreward._assets import asset_path
 from diffreward.networks.proteinmpnn import ProteinMPNN, load_proteinmpnn, random_order
 from diffreward.networks.structure import Structure, read_structure
+from diffreward.policies.lora import load_lora
 from diffreward.policies.masked import MaskedPolicy
 from diffreward.policy import Condition
 from diffreward.samples import ALPHABETS, Samples
@@ -156,6 +157,7 @@ def load_protein(
     num_steps: int = 50,
     temperature: float = 0.1,
     device: torch.device | str | None = None,
+    lora: str | os.PathLike | None = None,
     **sampling,
 ) -> ProteinPolicy:
     """A policy over the sequences of a structure, from ProteinMPNN.
@@ -173,6 +175,7 @@ def load_protein(
             authors of DRAKES sample and train with; samples of 1 are more diverse and less like
             natural sequences.
         device: None: CUDA if there is one.
+        lora: folder of a LoRA that finetuning saved, which is added to the weights.
         **sampling: further options of `MaskedPolicy` (schedule, top_p, relaxation, tau, ...).
 
     Raises:
@@ -186,7 +189,7 @@ def load_protein(
         structure = structure.take_chains(chains)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ProteinPolicy(
+    policy = ProteinPolicy(
         load_proteinmpnn(weights).to(device),
         structure,
         design=design,
@@ -197,6 +200,9 @@ def load_protein(
         temperature=temperature,
         **sampling,
     )
+    if lora is not None:
+        load_lora(policy, lora, fuse=True)
+    return policy
 
 
 def _find(structure: str | os.PathLike) -> Path:

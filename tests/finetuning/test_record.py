@@ -286,11 +286,11 @@ def test_tokens_are_told_rather_than_shown(tmp_path):
 
 
 def test_sequences_are_written_in_letters(tmp_path):
-    """As Biopython reads them: before and after, with their rewards."""
+    """As Biopython reads them: before and after, with their rewards; and logos."""
     SeqIO = pytest.importorskip("Bio.SeqIO")
     folder, letters = new(tmp_path), {}
     for n, tokens in enumerate([[[0, 1, 2], [3, 3, 0]], [[2, 2, 2], [1, 1, 0]]]):
-        scores = {"gc_content": torch.tensor([0.5, 0.25])}
+        scores = {"gc_content": torch.tensor([0.5, 0.25]), "a judge": torch.tensor([1.0, math.nan])}
         samples = Samples(torch.tensor(tokens), "dna")
         one = torch.zeros(2)
         found = Evaluation(n, samples, ["x"], scores, {}, torch.zeros(1), one)
@@ -300,9 +300,15 @@ def test_sequences_are_written_in_letters(tmp_path):
     records = list(SeqIO.parse(tmp_path / "before_after.fasta", "fasta"))
     assert [r.id for r in records] == ["before-0-0", "before-0-1", "after-0-0", "after-0-1"]
     assert [str(r.seq) for r in records] == letters[0] + letters[1]
+    assert records[2].description == "after-0-0 gc_content=0.5 a_judge=1"
     assert records[3].description == "after-0-1 gc_content=0.25"
     rows = (tmp_path / "samples" / "iteration-000001.jsonl").read_text().splitlines()
     assert [json.loads(r)["sequence"] for r in rows] == letters[1]
+    with Image.open(tmp_path / "logos.png") as image:
+        assert image.width > 1000
+    text = (tmp_path / "README.md").read_text()
+    assert "(logos.png)" in text and "before_after.fasta" in text
+    assert "before_after.png" not in text and "diffusers" not in text
 
 
 def test_videos_show_their_middle_frame():

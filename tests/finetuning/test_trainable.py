@@ -554,23 +554,35 @@ def test_policies_without_a_pipeline(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "names"), [("dna", {"conv"}), ("protein", {"W1", "W2", "W3", "W_in", "W_out"})]
+    ("kind", "names"),
+    [("dna", {"stem", "conv", "0", "2"}), ("protein", {"W1", "W2", "W3", "W_in", "W_out"})],
 )
-def test_adapters_of_sequence_networks(kind, names):
-    """The default ones, all of which take part."""
+def test_adapters_of_sequence_networks(kind, names, tmp_path):
+    """The default ones, all of which take part; they read back."""
     policy = load_policy("embedded:protein", num_steps=4, device="cpu")
     if kind == "dna":
         policy = DNAPolicy(DNAConvNet(channels=4, rounds=1), 10, num_steps=4)
+        fresh = copy.deepcopy(policy)
     trainable = Trainable(policy, Training())
     scramble(trainable, 0.3)
-    adapted = {name.split(".lora_")[0].split(".")[-1] for name in trainable.parameters}
-    assert adapted == names
+    layers = {name.split(".lora_")[0] for name in trainable.parameters}
+    assert {name.split(".")[-1] for name in layers} == names
+    if kind == "dna":  # peft has no dilated ones
+        assert {name for name in layers if "blocks" in name} == {"blocks.0.conv", "blocks.1.conv"}
     condition = policy.encode([""])
     law = policy.step_law(policy.relax(policy.initial(condition)), 0, condition)
     law.x0.square().sum().backward()
     for name, p in trainable.parameters.items():
         assert p.grad.abs().max() > 0, name
     assert (policy.reference().step_law(law.x, 0, condition).x0 - law.x0).abs().max() > 1e-4
+    trainable.save(tmp_path / "lora")
+    if kind == "dna":
+        load_lora(fresh, tmp_path / "lora", fuse=True)
+    else:
+        fresh = load_policy("embedded:protein", num_steps=4, lora=tmp_path / "lora", device="cpu")
+    assert not any("lora" in name for name, _ in fresh.denoiser.named_parameters())
+    found = fresh.step_law(law.x, 0, condition).x0
+    torch.testing.assert_close(found, law.x0, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["sd", "ddpm"])
