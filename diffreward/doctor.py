@@ -18,7 +18,9 @@ from diffreward import __version__
 from diffreward._assets import asset_path
 
 # What `diffreward steer` without arguments needs.
-ASSETS = ("emoji", "clip_guide", "clip_judge", "prompts/scenes.jsonl")
+ASSETS = (
+    "emoji", "clip_guide", "clip_judge", "prompts/scenes.jsonl", "proteinmpnn", "structures"
+)  # fmt: skip
 # These fail on import when their builds do not fit together.
 IMPORTS = ("torch", "torchvision", "diffusers", "transformers", "open_clip", "matplotlib")
 
@@ -140,7 +142,7 @@ def assets() -> Iterator[Finding]:
     """The embedded models and data."""
     for name in ASSETS:
         files = _files(name)
-        if not any(file.suffix in (".safetensors", ".jsonl") for file in files):
+        if not any(file.suffix in (".safetensors", ".jsonl", ".pdb") for file in files):
             yield Finding(
                 "broken", f"embedded {name}", "missing",
                 "reinstall diffreward; in a checkout, git checkout -- assets",
