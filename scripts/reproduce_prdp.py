@@ -563,7 +563,7 @@ def interval(d: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
 
 def shown(d: np.ndarray) -> str:
     mean, low, high = interval(d)
-    return f"{mean:+.3g} [{low:+.2g}, {high:+.2g}]"
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def gains(rows: list[dict], mark: str, score: str, prompts: slice) -> np.ndarray:
@@ -581,7 +581,10 @@ def name_of(experiment: str, arm: str) -> str:
 
 def mean_of(rows: list[dict], mark: str, name: str) -> str:
     values = [row["marks"][mark][name] for row in rows]
-    return "-" if None in values else f"{np.mean(values):.3g}"
+    if None in values:
+        return "-"
+    mean = np.mean(values)
+    return f"{mean:,.0f}" if mean >= 1000 else f"{mean:.3g}"
 
 
 def at_budget(rows: list[dict], experiment: str, mark: str) -> str:
