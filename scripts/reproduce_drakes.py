@@ -527,6 +527,7 @@ def report(args) -> None:
 
 def trade_off(rows: list[dict], path: Path) -> None:
     """The optimised oracle against the held-out one, and against what natural sequences have."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     natural = next(n for n in ("3-mers", "recovery") if n in rows[0]["metrics"])
@@ -544,7 +545,7 @@ def trade_off(rows: list[dict], path: Path) -> None:
             x, y = (np.array([r["metrics"][c] for r in found]) for c in ("oracle", label))
             axis.errorbar(
                 x.mean(), y.mean(), xerr=x.std(), yerr=y.std(), fmt=marks[number % len(marks)],
-                color=f"C{number % 10}", capsize=2, label=name,
+                color=colormaps["tab20"](number % 20), capsize=2, label=name,
             )  # fmt: skip
         curve = [f for n, f in lines if n.startswith("DRAKES")]
         points = sorted(

@@ -1,8 +1,9 @@
-"""The benchmark of DRAKES runs, and compares like with like."""
+"""The experiment and the benchmark of DRAKES run, and compare like with like."""
 
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,73 @@ import torch
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
-@pytest.fixture(scope="module")
-def bench():
+def script(name: str):
     sys.path.insert(0, str(SCRIPTS))  # as when it is run
     try:
-        spec = importlib.util.spec_from_file_location("bench_drakes", SCRIPTS / "bench_drakes.py")
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(SCRIPTS))
     return module
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return script("bench_drakes")
+
+
+# -- reproduce_drakes ---------------------------------------------------------------------------
+
+
+def test_experiment_runs_and_counts(tmp_path, capsys):
+    """A row of each kind of method; what a sequence costs is known."""
+    drakes = script("reproduce_drakes")
+    argv = ["--tiny", "--tasks", "protein", "--seeds", "0", "--output", str(tmp_path)]
+    argv += ["--methods", "pretrained", "best_of_k", "cfg", "tds", "svdd", "drakes"]
+    drakes.main(argv)
+    t, k, m = 3, drakes.TINY.particles, drakes.TINY.branches
+    rows = {}
+    for path in (tmp_path / "protein").glob("*/row.json"):
+        row = json.loads(path.read_text())
+        rows[row["method"]] = row
+        letters = (path.parent / "samples.fasta").read_text().split("\n")[1::2]
+        assert [len(s) for s in letters] == [76, 76]
+    cost = {method: row["compute_per_sequence"] for method, row in rows.items()}
+    assert cost["pretrained"] == cost["drakes"] == t
+    assert cost["best_of_k"] == k * t
+    assert cost["cfg"] == 2 * t
+    assert cost["svdd"] == 1 + (t - 1) * m
+    # one of the three steps is differentiated: x[2], scored at 80 % of the chain, is the last one's
+    assert k * t <= cost["tds"] <= 3 * k * t
+    assert rows["best_of_k"]["metrics"]["oracle"] > rows["pretrained"]["metrics"]["oracle"]
+    assert rows["drakes"]["training_compute"] > 0 and rows["drakes"]["kl"] > 0
+    assert all(0 <= row["metrics"]["recovery"] <= 1 for row in rows.values())
+    capsys.readouterr()
+    drakes.main([*argv, "--report"])
+    shown = capsys.readouterr().out
+    assert all(drakes.NAMES[method] in shown for method in rows)
+    assert (tmp_path / "drakes_protein.png").exists()
+    done = (tmp_path / "protein" / "pretrained-seed0" / "row.json").stat().st_mtime_ns
+    drakes.main(argv)  # nothing is left to do
+    assert (tmp_path / "protein" / "pretrained-seed0" / "row.json").stat().st_mtime_ns == done
+
+
+def test_grid_chooses_by_the_oracle(tmp_path):
+    drakes = script("reproduce_drakes")
+    sizes = replace(drakes.TINY, lmbdas=(1.0, 2.0, 3.0))
+    lab = drakes.Lab("protein", sizes, tmp_path)
+    for lmbda, oracle in ((1.0, -2.0), (2.0, -1.0), (3.0, -1.5)):
+        run = drakes.Run("protein", "smc", drakes.TUNING_SEED, lmbda)
+        (tmp_path / run.name).mkdir(parents=True)
+        row = {"metrics": {"oracle": oracle}}
+        (tmp_path / run.name / "row.json").write_text(json.dumps(row))
+    assert lab.setting(drakes.Run("protein", "smc", 0)) == 2.0
+    assert lab.setting(drakes.Run("protein", "pretrained", 0)) is None
+
+
+# -- bench_drakes -------------------------------------------------------------------------------
 
 
 def test_bench_runs(bench, capsys):
