@@ -7,8 +7,10 @@ sample, and gives the same numbers whatever the number of processes.
 
 from __future__ import annotations
 
+import atexit
 import warnings
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,6 +48,8 @@ class Team:
                 f"the model of process {self.rank} is on {device}, and its device is "
                 f"{self.state.device}; load it with device={str(self.state.device)!r}"
             )
+        if self.size > 1:
+            _leave_at_exit()
         self.shard = shard and self.size > 1
         if shard and not self.shard:
             warnings.warn(
@@ -106,3 +110,18 @@ class Team:
     def wait(self) -> None:
         """Until all processes are here."""
         self.state.wait_for_everyone()
+
+
+@cache
+def _leave_at_exit() -> None:
+    """Have the process leave its group before it ends.
+
+    Where gloo's threads are still there when the interpreter goes, they can abort it, so that a run
+    that is done ends as if it had failed.
+    """
+
+    def leave() -> None:
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+
+    atexit.register(leave)
