@@ -19,7 +19,8 @@ from diffreward._assets import asset_path
 
 # What `diffreward steer` without arguments needs.
 ASSETS = (
-    "emoji", "clip_guide", "clip_judge", "prompts/scenes.jsonl", "proteinmpnn", "structures"
+    "emoji", "clip_guide", "clip_judge", "prompts/scenes.jsonl", "proteinmpnn", "structures",
+    "dna",
 )  # fmt: skip
 # These fail on import when their builds do not fit together.
 IMPORTS = ("torch", "torchvision", "diffusers", "transformers", "open_clip", "matplotlib")

@@ -1,12 +1,18 @@
 """DNA as a policy: templates, and that the chain is that of its network."""
 
+import math
+
 import pytest
 import torch
 
+from diffreward._assets import asset_path
 from diffreward.networks.dna import DNAConvNet, SequenceCNN
+from diffreward.policies import load_policy
 from diffreward.policies.dna import DNAPolicy, load_dna
 from diffreward.policy import Policy, path_log_prob, rollout, sample_generators
-from diffreward.samples import to_strings
+from diffreward.rewards import evaluate, make_reward
+from diffreward.rewards.tokens import read_sequences
+from diffreward.samples import Samples, to_strings, to_tokens
 
 TINY = {"channels": 6, "kernel": 3, "dilations": (1, 3), "rounds": 1}
 
@@ -106,3 +112,25 @@ def test_load_refuses(tmp_path):
         load_dna(tmp_path)
     with pytest.raises(ValueError, match="length must be 1 or more, but 0 came"):
         DNAPolicy(DNAConvNet(**TINY), length=0)
+
+
+def test_embedded_model_and_oracles():
+    """Natural sequences are likelier than their letters shuffled, and oracles like them."""
+    natural = read_sequences(asset_path("dna/natural_upstream.fasta"), "dna")[::40][:16]
+    x = torch.stack([to_tokens(letters, "dna") for letters in natural])
+    generator = torch.Generator().manual_seed(0)
+    shuffled = torch.stack([row[torch.randperm(len(row), generator=generator)] for row in x])
+    policy = load_policy("embedded:dna", num_steps=8, device="cpu")
+    condition = policy.encode([""] * len(x))
+    with torch.no_grad():
+        bits = [
+            -policy.elbo(t, condition, generator, 8).mean().item() / x.shape[1] / math.log(2)
+            for t in (x, shuffled)
+        ]
+        scores = {
+            name: [evaluate(make_reward(name), Samples(t, "dna")).value for t in (x, shuffled)]
+            for name in ("sequence_oracle", "sequence_judge")
+        }
+    assert bits[0] < bits[1] and bits[0] < 2
+    for ours, theirs in scores.values():
+        assert ours.median() > 0 and ours.mean() > theirs.mean()
