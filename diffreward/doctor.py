@@ -17,10 +17,9 @@ from packaging.version import Version
 from diffreward import __version__
 from diffreward._assets import asset_path
 
-# What `diffreward steer` without arguments needs.
+# The embedded models, and what the defaults use.
 ASSETS = (
-    "emoji", "clip_guide", "clip_judge", "prompts/scenes.jsonl", "proteinmpnn", "structures",
-    "dna",
+    "emoji", "clip_guide", "clip_judge", "prompts/scenes.jsonl", "proteinmpnn", "structures", "dna"
 )  # fmt: skip
 # These fail on import when their builds do not fit together.
 IMPORTS = ("torch", "torchvision", "diffusers", "transformers", "open_clip", "matplotlib")
