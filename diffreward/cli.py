@@ -184,9 +184,7 @@ def finetune(argv: Sequence[str]) -> int:
         return 0
     if result.stopped == "guard":
         say(f"the guard stopped the run after {result.iterations} iterations")
-    shown = [path for path in sorted(Path(folder).glob("before_after.*"))] or [
-        Path(folder, "samples")
-    ]
+    shown = sorted(Path(folder).glob("before_after.*")) or [Path(folder, "samples")]
     print(f"{result.summary()}\nsee {shown[0]} and README.md beside it")
     return 0
 

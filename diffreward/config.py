@@ -50,8 +50,8 @@ class ModelConfig:
     Args:
         spec: "embedded:emoji", a folder, or a hub id such as
             "stable-diffusion-v1-5/stable-diffusion-v1-5"; of sequences "embedded:dna",
-            "embedded:protein", or a PDB or mmCIF file.
-        num_steps: denoising steps; null: 25 of a pipeline, 64 of DNA, 50 of proteins.
+            "embedded:protein", a PDB or mmCIF file, or "text:" and a hub id.
+        num_steps: denoising steps; null: 25 of a pipeline, 64 of DNA and text, 50 of proteins.
         kernel: how a step is drawn: ddim or ddpm; flow_renoise or flow_sde for flow-matching
             models; null: the first that fits.
         eta: noise of ddim; 1 is as much as ancestral sampling, 0 cannot be steered.

@@ -40,6 +40,7 @@ import argparse
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,7 +184,7 @@ def plan(args, sizes: Sizes) -> list[Run]:
 # --------------------------------------------------------------------------------------------
 
 
-class Task:
+class Task(ABC):
     """A model, an oracle, a held-out one, and what natural sequences are like."""
 
     modality: str
@@ -193,16 +194,17 @@ class Task:
         self.sizes, self.folder = sizes, folder
         self.oracle, self.held_out = self.rewards()
 
+    @abstractmethod
     def rewards(self) -> tuple:
-        raise NotImplementedError
+        """The oracle, and the held-out one."""
 
+    @abstractmethod
     def policy(self) -> MaskedPolicy:
         """A fresh one: training changes the network."""
-        raise NotImplementedError
 
+    @abstractmethod
     def own(self, letters: list[str]) -> dict[str, float]:
         """Metrics of this task alone."""
-        raise NotImplementedError
 
     @cached_property
     def pretrained(self) -> MaskedPolicy:
