@@ -170,6 +170,7 @@ def finetune(argv: Sequence[str]) -> int:
             finetuning.check_run(
                 algorithm, training, len(prompts), processes.num_processes,
                 output=config.output, resume=config.resume, hub=config.push_to_hub,
+                preferences=preferences,
             )  # fmt: skip
             if config.reward in config.judges:
                 say(f"{reward.info.name} is trained on, so it is left out of the judges")

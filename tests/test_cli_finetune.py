@@ -262,6 +262,42 @@ def test_other_families(spec, model):
     assert moved and any(w.any() for w in moved)
 
 
+def pairs(size: int = 12) -> Path:
+    """A data set of preferences: bright pictures are chosen, dark ones rejected."""
+    rows = []
+    for n in range(3):
+        for kind, grey in (("chosen", 230), ("rejected", 40)):
+            Image.new("RGB", (size, size), (grey, 60 * n, grey)).save(f"{n}-{kind}.png")
+        files = {kind: f"{n}-{kind}.png" for kind in ("chosen", "rejected")}
+        rows.append({"prompt": f"picture {n}", **files})
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Path("pairs.jsonl")
+
+
+def test_preferences_take_the_place_of_own_samples(model):
+    options = {"algorithm": "dpo", "preferences": pairs(), "output": "run"}
+    assert finetune(model, **options) == 0
+    rows = [row for row in lines(Path("run/metrics.jsonl")) if "implicit_accuracy" in row]
+    assert len(rows) == 2 and rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert saved["preferences"] == "pairs.jsonl" and saved["prompts"] == PROMPTS
+    again = ["--config", "run/config.yaml", "--output", "again"]
+    assert main(["finetune", *again]) == 0
+    assert all(torch.equal(w, weights(Path("run"))[n]) for n, w in weights(Path("again")).items())
+
+
+def test_preferences_that_do_not_fit_are_refused_before_a_model_is_loaded(
+    untouchable, model, capsys
+):
+    file = pairs()
+    before = sorted(Path.cwd().iterdir())
+    assert finetune(model, algorithm="prdp", preferences=file) == 2
+    assert "PRDP learns from own samples" in capsys.readouterr().err
+    assert finetune(model, algorithm="dpo", preferences="none.jsonl") == 2
+    assert "none.jsonl" in capsys.readouterr().err
+    assert sorted(Path.cwd().iterdir()) == before
+
+
 def test_all_weights(model):
     options = {"training.method": "full", "training.iterations": 1, "training.learning_rate": 1e-3}
     assert finetune(model, output="run", **options) == 0

@@ -18,7 +18,7 @@ from diffreward.config import (
     to_yaml,
 )
 from diffreward.finetuning import Guard, LoRA, Training
-from diffreward.finetuning.engine import Batches
+from diffreward.finetuning.batches import Batches
 from diffreward.rewards.base import find_reward
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))

@@ -51,8 +51,8 @@ from diffreward.algorithms.base import (
     require_positive,
 )
 from diffreward.algorithms.dpo import (
+    KTO,
     diffusion_dpo,
-    diffusion_kto,
     implicit_reward,
     preference_diagnostics,
     warn_nothing_to_learn,
@@ -205,11 +205,8 @@ class DRAGON(DenoisingAlgorithm):
             winner, loser = _pairs(scores)
             each = diffusion_dpo(error, error_ref, winner, loser, self.beta)
             return each.sum() / max(1, len(winner))
-        each = diffusion_kto(
-            error, error_ref, scores.value, self.beta,
-            desirable=self.desirable, undesirable=self.undesirable,
-        )  # fmt: skip
-        return each.sum() / max(1, int((scores.value != 0).sum()))
+        kto = KTO(self.beta, desirable=self.desirable, undesirable=self.undesirable)
+        return kto.loss(error, error_ref, scores, groups)
 
     def diagnostics(
         self,

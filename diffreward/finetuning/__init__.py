@@ -8,7 +8,7 @@ import importlib
 _FROM = {
     "Engine": "engine",
     "FinetuneResult": "engine",
-    "check_run": "engine",
+    "check_run": "checks",
     "finetune": "engine",
     "Training": "options",
     "LoRA": "options",

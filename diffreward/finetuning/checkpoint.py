@@ -16,6 +16,8 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffreward.finetuning.sharding import part
+from diffreward.preferences import Preferences
 
 STATE = "state.json"
 UNFINISHED = ".unfinished-"  #: begins the name of what is being written or removed
@@ -322,3 +325,29 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def describe(policy, reward, algorithm, training, prompts, eval_prompts) -> dict[str, Any]:
+    """What a checkpoint must agree in with the run that goes on from it."""
+    kernel = getattr(policy, "kernel", None)
+    return {
+        "policy": {
+            "type": type(policy).__name__,
+            "num_steps": policy.num_steps,
+            "kernel": type(kernel).__name__,
+            "guidance_scale": getattr(policy, "guidance_scale", None),
+        },
+        "reward_name": reward.info.name,
+        "algorithm": {"name": type(algorithm).__name__, **asdict(algorithm)},
+        "training": asdict(training),
+        "prompts": digest(prompts),
+        "eval_prompts": digest(eval_prompts),
+    }
+
+
+def digest(prompts: Sequence[str] | Preferences) -> str:
+    """How many there are, and a hash of them."""
+    if isinstance(prompts, Preferences):
+        data = [v if isinstance(v, str) else v.hex() for v in prompts.data]
+        prompts = [*prompts.prompts, *data, str(prompts.label.tolist())]
+    return f"{len(prompts)}: {blake2b(chr(0).join(prompts).encode(), digest_size=8).hexdigest()}"

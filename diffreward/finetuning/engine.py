@@ -12,16 +12,13 @@ whatever the number of processes, and memory decides about pieces (``max_batch``
 
 from __future__ import annotations
 
-import difflib
 import math
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from hashlib import blake2b
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +30,37 @@ from torch import Tensor
 
 from diffreward.algorithms import Algorithm, History, make_algorithm
 from diffreward.files import environment, plain
-from diffreward.finetuning.batches import Batches
 from diffreward.finetuning.checkpoint import (
     MAY_DIFFER,
     check_same,
-    find_checkpoint,
+    describe,
+    digest,
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
     save_checkpoint,
 )
+from diffreward.finetuning.checks import (
+    check_gradients,
+    check_options,
+    check_preferences,
+    check_ratio,
+    check_rewards,
+    check_run,
+    with_options,
+)
+from diffreward.finetuning.compute import Compute
 from diffreward.finetuning.conditions import Conditions, join
 from diffreward.finetuning.monitor import Evaluation, Evaluator, Watch, group_statistics
 from diffreward.finetuning.options import Training
 from diffreward.finetuning.record import (
     Card,
     Record,
-    check_hub,
-    check_loggers,
     comparison,
     push_to_hub,
     read_metrics,
 )
-from diffreward.finetuning.sharding import Lockstep, local, whole
+from diffreward.finetuning.sharding import Lockstep, whole
 from diffreward.finetuning.team import Team
 from diffreward.finetuning.trainable import Trainable
 from diffreward.policy import Condition, Policy, path_log_prob, rollout, sample_generators
@@ -190,7 +195,7 @@ def finetune(
     if training is None:
         few = {"prompts_per_update": min(Training().prompts_per_update, max(1, len(prompts)))}
         options = {**few, **options}
-    training = _with_options(training or Training(), options)
+    training = with_options(training or Training(), options)
     algorithm = make_algorithm(algorithm)
     reward = make_reward(reward)
     engine = Engine(
@@ -200,72 +205,6 @@ def finetune(
         progress=progress,
     )  # fmt: skip
     return engine.run()
-
-
-def _with_options(training: Training, options: Mapping[str, Any]) -> Training:
-    known = [option.name for option in fields(Training)]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
-            raise ValueError(f"there is no option {name!r} of finetune; {hint}")
-    return replace(training, **options)
-
-
-def _check_options(training: Training) -> None:
-    least = dict.fromkeys(("iterations", "eval_samples", "keep_checkpoints"), 1)
-    least |= dict.fromkeys(("warmup", "checkpoint_every", "evaluate_every", "seed"), 0)
-    if training.decode_batch is not None:
-        least["decode_batch"] = 1
-    for name, low in least.items():
-        if getattr(training, name) < low:
-            raise ValueError(f"{name} must be at least {low}, but {getattr(training, name)} came")
-    for name in ("learning_rate", "max_grad_norm"):
-        if not getattr(training, name) > 0:
-            raise ValueError(f"{name} must be positive, but {getattr(training, name)} came")
-    if training.ema_decay is not None and not 0 <= training.ema_decay < 1:
-        raise ValueError(f"ema_decay lies in [0, 1), but {training.ema_decay} came")
-    if not 0 < training.step_fraction <= 1:
-        raise ValueError(f"step_fraction lies in (0, 1], but {training.step_fraction} came")
-
-
-def check_run(
-    algorithm: Algorithm,
-    training: Training,
-    num_prompts: int,
-    processes: int = 1,
-    *,
-    output: str | Path | None = None,
-    resume: str | Path | int | None = None,
-    hub: str | None = None,
-) -> tuple[Batches, Path | None]:
-    """Refuse what can be refused without the model.
-
-    Returns:
-        How samples are divided, and the checkpoint to go on from.
-
-    Raises:
-        ValueError: bad options; a logger that is missing; a hub that cannot be reached.
-        FileNotFoundError: no such checkpoint.
-        FileExistsError: the output holds another run.
-    """
-    _check_options(training)
-    batches = Batches(
-        training.prompts_per_update, training.samples_per_prompt, algorithm.minibatches,
-        processes, training.max_batch, num_prompts,
-    )  # fmt: skip
-    if resume is not None and output is None:
-        raise ValueError("resume needs output, the folder of the run to go on with")
-    start = None if resume is None else find_checkpoint(output, resume)
-    if output is not None and start is None and (Path(output) / "metrics.jsonl").exists():
-        raise FileExistsError(
-            f"{output} holds a run already; give resume='latest' to go on with it, or choose "
-            "another output"
-        )
-    check_loggers(training.loggers)
-    if hub is not None:
-        check_hub(hub)
-    return batches, start
 
 
 class Engine:
@@ -292,11 +231,16 @@ class Engine:
         self.of_sets = isinstance(reward, SetReward)
         self.given = self.algorithm = algorithm  # the latter as it is at this iteration
         self.training, self.prompts = training, prompts
-        _check_options(training)
+        check_options(training)
         algorithm.check(reward)
         self.preferences = preferences
         if preferences is not None:
-            _check_preferences(preferences, algorithm, policy)
+            check_preferences(preferences, algorithm)
+            if not hasattr(policy, "encode_samples"):
+                raise ValueError(
+                    f"preferences are learnt from as latents, and {type(policy).__name__} has no "
+                    "encode_samples, which would give those of a sample"
+                )
         if algorithm.family == "pathwise" and self.of_sets:
             raise ValueError(
                 f"{type(algorithm).__name__} differentiates the reward of each sample, and "
@@ -340,8 +284,8 @@ class Engine:
         config = dict(config or {})
         self.settings = plain(
             {name: config[name] for name in ("model", "reward", "judges") if name in config}
-            | _describe(policy, reward, algorithm, training, prompts, eval_prompts)
-            | ({"preferences": _digest(preferences)} if preferences is not None else {})
+            | describe(policy, reward, algorithm, training, prompts, eval_prompts)
+            | ({"preferences": digest(preferences)} if preferences is not None else {})
         )
         self.start = None if start is None else load_checkpoint(start)
         if self.start is not None:  # before anything in its folder is touched
@@ -523,7 +467,7 @@ class Engine:
             ro.log_prob = self._all(rows, log_probs[:, : self.steps])
             if algorithm.needs_reference:
                 ro.log_prob_ref = self._all(rows, torch.cat([ref for _, ref in parts]))
-        self._check_rewards(ro.scores)
+        check_rewards(ro.scores, first=self.updates == 0)
         ro.credit = algorithm.credit(ro.scores, ro.groups, ro.prompts, self.history)
         self.history.add(ro.prompts, ro.scores.value)
         return ro
@@ -629,7 +573,10 @@ class Engine:
         checking = self.updates == 0 and bool(weights[0].any())
         recomputed = self._backward(ro, at, *(w[own] for w in weights), check=checking)
         if checking:
-            self._check_ratio(recomputed, old[own])
+            half = getattr(self.policy, "dtype", torch.float32) in (torch.bfloat16, torch.float16)
+            half = half or self.training.mixed_precision != "no"
+            gap = check_ratio(recomputed, old[own], half)
+            self.record.say(f"self-check: on-policy log-probabilities agree within {gap:.1e} nats")
         numbers = {"loss": loss.item(), **self._step()}
         detached = log_prob.detach()
         if kl is not None:
@@ -767,7 +714,7 @@ class Engine:
             logged = {name: score.parts[name] for name in ("kl",) if name in score.parts}
             scores.append(Scores(score.value.detach(), None, logged))
         whole = self._whole(rows, Scores.cat(scores))
-        self._check_rewards(whole)
+        check_rewards(whole, first=self.updates == 0)
         loss = self._all(rows, torch.cat(losses)).mean().item()
         parts = {name: part.mean().item() for name, part in whole.parts.items()}
         found.append({"loss": loss, **parts, **self._step()})
@@ -776,7 +723,7 @@ class Engine:
     def _step(self) -> dict[str, float]:
         """Sum the gradients over the processes, clip them, and step."""
         if self.updates == 0:
-            self._check_gradients()
+            check_gradients(self.policy.denoiser, self.parameters, self.team)
         for p in self.parameters:
             if p.grad is None:  # nothing of this update reached it; its momentum still moves it
                 p.grad = torch.zeros_like(p)
@@ -804,57 +751,6 @@ class Engine:
         factor = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
         rise = min(1.0, (update + 1) / max(training.warmup, 1))
         return training.learning_rate * rise * factor[training.schedule]
-
-    # -- self-checks of the first update ------------------------------------------------------
-
-    def _check_rewards(self, scores: Scores) -> None:
-        value = scores.value
-        if not torch.isfinite(value).all():
-            raise ValueError(
-                f"{int((~torch.isfinite(value)).sum())} of {len(value)} samples have the reward "
-                f"{value[~torch.isfinite(value)][0].item()}; finetuning needs finite rewards "
-                "(clip_range bounds one)"
-            )
-        if self.updates == 0 and len(value) > 1 and bool((value == value[0]).all()):
-            warnings.warn(
-                f"all {len(value)} samples of the first rollout have the reward "
-                f"{value[0].item():.4g}: there is nothing to learn from yet",
-                stacklevel=2,
-            )
-
-    def _check_ratio(self, recomputed: Tensor, old: Tensor) -> None:
-        """On the policy that drew the samples, recomputed log-probabilities are the same."""
-        gap = (recomputed - old).abs().nan_to_num(0).max().item()
-        half = getattr(self.policy, "dtype", torch.float32) in (torch.bfloat16, torch.float16)
-        half = half or self.training.mixed_precision != "no"
-        bound = 1.0 if half else 0.05
-        self.record.say(f"self-check: on-policy log-probabilities agree within {gap:.1e} nats")
-        if gap > bound:
-            raise RuntimeError(
-                f"self-check: log-probabilities of the same steps differ by {gap:.3g} nats between "
-                f"rollout and training, and the bound is {bound} for this precision. The network "
-                "is not deterministic: does it have dropout, or other inputs in training?"
-            )
-
-    def _check_gradients(self) -> None:
-        """Gradients are where they should be, and nowhere else."""
-        trained = {id(p) for p in self.parameters}
-        others = [
-            name
-            for name, p in self.policy.denoiser.named_parameters()
-            if p.grad is not None and id(p) not in trained
-        ]
-        if others:
-            raise RuntimeError(
-                f"self-check: {len(others)} parameters that are not trained have gradients, such "
-                f"as {others[0]!r}; set requires_grad to False for them"
-            )
-        reached = any(p.grad is not None and bool(local(p.grad).any()) for p in self.parameters)
-        if not self.team.any(reached):
-            warnings.warn(
-                "the first update has no gradient: are all rewards of each prompt equal?",
-                stacklevel=2,
-            )
 
     # -- checkpoints --------------------------------------------------------------------------
 
@@ -900,77 +796,6 @@ class Engine:
         self.metrics = [r for r in rows if "reward" in r and r["iteration"] <= self.iteration]
         self.record.say(f"resumed from checkpoint-{self.iteration}")
         return before
-
-
-class Compute:
-    """How many samples went through the networks: the honest measure of a run's cost."""
-
-    def __init__(self, *networks: torch.nn.Module) -> None:
-        self.forward = self.backward = 0
-        self._hooks = [n.register_forward_hook(self._count) for n in dict.fromkeys(networks)]
-
-    def close(self) -> None:
-        """Stop counting."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _count(self, network, inputs, output) -> None:
-        output = output[0] if not isinstance(output, Tensor) else output
-        if torch.is_grad_enabled() and output.requires_grad:
-            self.backward += len(output)
-        else:
-            self.forward += len(output)
-
-    def counts(self) -> list[int]:
-        """Rows without gradient, and with: the latter cost about three times as much."""
-        return [self.forward, self.backward]
-
-    def restore(self, counts: Sequence[int]) -> None:
-        self.forward, self.backward = counts
-
-
-def _describe(policy, reward, algorithm, training, prompts, eval_prompts) -> dict[str, Any]:
-    """What a checkpoint must agree in with the run that goes on from it."""
-    kernel = getattr(policy, "kernel", None)
-    return {
-        "policy": {
-            "type": type(policy).__name__,
-            "num_steps": policy.num_steps,
-            "kernel": type(kernel).__name__,
-            "guidance_scale": getattr(policy, "guidance_scale", None),
-        },
-        "reward_name": reward.info.name,
-        "algorithm": {"name": type(algorithm).__name__, **asdict(algorithm)},
-        "training": asdict(training),
-        "prompts": _digest(prompts),
-        "eval_prompts": _digest(eval_prompts),
-    }
-
-
-def _check_preferences(preferences: Preferences, algorithm: Algorithm, policy: Policy) -> None:
-    takes = getattr(algorithm, "preferences", None)
-    if takes is None:
-        raise ValueError(
-            f"{type(algorithm).__name__} learns from own samples, and not from a data set of "
-            "preferences; use dpo or kto"
-        )
-    if takes == "pairs" and not preferences.paired:
-        raise ValueError(
-            f"{type(algorithm).__name__} compares two samples of a prompt, and {preferences.path} "
-            "has single ones with labels; use kto"
-        )
-    if not hasattr(policy, "encode_samples"):
-        raise ValueError(
-            f"preferences are learnt from as latents, and {type(policy).__name__} has no "
-            "encode_samples, which would give those of a sample"
-        )
-
-
-def _digest(prompts: Sequence[str] | Preferences) -> str:
-    if isinstance(prompts, Preferences):
-        data = [v if isinstance(v, str) else v.hex() for v in prompts.data]
-        prompts = [*prompts.prompts, *data, str(prompts.label.tolist())]
-    return f"{len(prompts)}: {blake2b(chr(0).join(prompts).encode(), digest_size=8).hexdigest()}"
 
 
 def _training_options(training: Training) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from finetuning.run_tiny import red
 from diffreward.algorithms import History, make_algorithm
 from diffreward.algorithms.base import DenoisingAlgorithm, PathwiseAlgorithm, TrajectoryAlgorithm
 from diffreward.finetuning import Training, finetune
-from diffreward.finetuning.engine import Batches, Engine
+from diffreward.finetuning.batches import Batches
+from diffreward.finetuning.engine import Engine
 from diffreward.policies import load_policy
 from diffreward.policy import path_log_prob, rollout, sample_generators
 from diffreward.rewards import evaluate
