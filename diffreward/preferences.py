@@ -12,26 +12,20 @@ embed them: ``{"bytes": ..., "path": ...}``); or a sequence of letters. A label 
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float64, Int
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from diffreward.manifests import open_image, read_rows
 from diffreward.samples import ALPHABETS, Samples, to_tokens
 
 PAIR = ("prompt", "chosen", "rejected")
 LABELLED = ("prompt", "sample", "label")
-READERS = (".jsonl", ".ndjson", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ class Preferences:
                 the row.
         """
         if self.modality == "image":
-            found = [self._image(i, size) for i in indices]
+            found = [open_image(self.data[i], self._name(i), size) for i in indices]
         else:
             found = [to_tokens(self.data[i], self.modality) for i in indices]
         for i, each in zip(indices, found, strict=True):
@@ -101,17 +95,6 @@ class Preferences:
                     f"{self._name(indices[0])} {tuple(found[0].shape)}; {advice}"
                 )
         return Samples(torch.stack(found), self.modality, [self.prompts[i] for i in indices])
-
-    def _image(self, i: int, size: tuple[int, int] | None) -> Tensor:
-        data = self.data[i]
-        try:
-            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as err:
-            raise ValueError(f"{self._name(i)} cannot be opened as an image: {err}") from None
-        if size is not None:
-            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
     def _name(self, i: int) -> str:
         data = self.data[i]
@@ -139,7 +122,7 @@ def read_preferences(path: str | Path, modality: str = "image") -> Preferences:
         raise ValueError(
             f"preferences are of image, {', '.join(ALPHABETS)}, but modality={modality!r} came"
         )
-    rows, names = _rows(path)
+    rows, names = read_rows(path, PAIR + LABELLED, "preferences")
     if not rows:
         raise ValueError(f"{path} has no rows")
     columns = _columns(path, names)
@@ -166,35 +149,6 @@ def read_preferences(path: str | Path, modality: str = "image") -> Preferences:
     groups = torch.arange(len(data)) // (2 if paired else 1)
     sign = torch.tensor(label, dtype=torch.float64)
     return Preferences(path, modality, paired, prompts, data, sign, groups, numbers)
-
-
-def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows, and the names of columns."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path} with preferences")
-    end = path.suffix.lower()
-    if end not in READERS:
-        raise ValueError(f"preferences are read from {', '.join(READERS)} files, not {path.name}")
-    if end == ".parquet":
-        try:
-            names = pq.read_schema(path).names
-            wanted = [name for name in names if name in PAIR + LABELLED]
-            return pq.read_table(path, columns=wanted or names[:1]).to_pylist(), names
-        except pa.ArrowException as err:
-            raise ValueError(f"{path} cannot be read as Parquet: {err}") from None
-    found = []
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as err:
-                raise ValueError(f"{path}, line {number}, is not JSON: {err}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: a row is an object, but {row!r} came")
-            found.append(row)
-    return found, list(found[0]) if found else []
 
 
 def _columns(path: Path, names: Sequence[str]) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
 """Rewards: higher is better, one number per sample. The contract is in :mod:`.base`."""
 
-from diffreward.rewards import (  # noqa: F401  (they enter their rewards in the registry)
+from diffreward.rewards import (  # noqa: F401  (they enter rewards and encoders in their registries)
     audio,
     combine,
     distribution,
     image,
+    image_encoders,
     image_reward,
     kernels,
     neighbours,
@@ -13,6 +14,7 @@ from diffreward.rewards import (  # noqa: F401  (they enter their rewards in the
     protein,
     remote,
     sequence,
+    sequence_encoders,
     shapes,
     sliced_wasserstein,
     text,

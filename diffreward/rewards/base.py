@@ -182,19 +182,48 @@ class SetReward(ABC):
         return self
 
 
-@dataclass
 class SetScores(Scores):
-    """What a set reward says about a set: ``value`` is each sample's influence.
+    """What a set reward says about a set: ``value`` is each sample's influence, float64.
+
+    Influences may take far longer than the set's value: they are computed when first asked for.
 
     Attributes:
         features: ``(b, ...)``, what `SetReward.value` takes.
         total: the set's value.
         reward: whose they are.
+
+    Raises:
+        ValueError: when ``value`` is asked for, too few samples for the reward's influences, or
+            one that is NaN or infinite.
     """
 
-    features: Tensor = None
-    total: float = math.nan
-    reward: SetReward = None
+    def __init__(
+        self,
+        value: Float[Tensor, " b"] | None = None,
+        *,
+        features: Float[Tensor, "b ..."],
+        total: float,
+        reward: SetReward,
+    ) -> None:
+        self.features, self.total, self.reward = features, total, reward
+        self._value, self.std, self.parts = value, None, {}
+
+    @property
+    def value(self) -> Float[Tensor, " b"]:
+        if self._value is None:
+            found = self.reward.influence(self.features)
+            self._value = _check_set(self.reward, self.features, "influence", found).double()
+        return self._value
+
+    @value.setter
+    def value(self, value: Float[Tensor, " b"]) -> None:
+        self._value = value
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __repr__(self) -> str:
+        return f"SetScores({self.reward.info.name!r}, {len(self)} samples, total={self.total:.6g})"
 
     def pseudovalues(self) -> Float[Tensor, " b"]:
         """Numbers whose mean is the set's value, and whose standard error is the jackknife's.
@@ -284,7 +313,7 @@ def set_features(
 
 
 def score_set(reward: SetReward, features: Float[Tensor, "b ..."]) -> SetScores:
-    """The value of the set with these features, and each sample's influence on it, float64.
+    """The value of the set with these features, and each sample's influence when it is asked for.
 
     Raises:
         ValueError: fewer samples than the reward needs, or a value that is NaN or infinite.
@@ -292,23 +321,23 @@ def score_set(reward: SetReward, features: Float[Tensor, "b ..."]) -> SetScores:
     name, n = reward.info.name, len(features)
     if n < reward.min_samples:
         raise ValueError(f"reward {name!r} needs {reward.min_samples} samples or more, {n} came")
-    found = {}
-    for what, function, shape in (
-        ("value", reward.value, ()),
-        ("influence", reward.influence, (n,)),
-    ):
-        found[what] = numbers = function(features)
-        if numbers.shape != shape:
-            raise ValueError(
-                f"reward {name!r} gave a set of {n} samples {what} of shape "
-                f"{tuple(numbers.shape)}; expected {shape}"
-            )
-        if not numbers.isfinite().all():
-            raise ValueError(
-                f"reward {name!r} gave a set of {n} samples {what} that is NaN or infinite"
-            )
-    total = found["value"].item()
-    return SetScores(found["influence"], features=features, total=total, reward=reward)
+    total = _check_set(reward, features, "value", reward.value(features)).item()
+    return SetScores(features=features, total=total, reward=reward)
+
+
+def _check_set(reward: SetReward, features: Tensor, what: str, numbers: Tensor) -> Tensor:
+    """``numbers``, if they are one of the set or one of each of its samples, and finite."""
+    n, shape = len(features), () if what == "value" else (len(features),)
+    if numbers.shape != shape:
+        raise ValueError(
+            f"reward {reward.info.name!r} gave a set of {n} samples {what} of shape "
+            f"{tuple(numbers.shape)}; expected {shape}"
+        )
+    if not numbers.isfinite().all():
+        raise ValueError(
+            f"reward {reward.info.name!r} gave a set of {n} samples {what} that is NaN or infinite"
+        )
+    return numbers
 
 
 def evaluate_set(reward: RewardSpec, samples: Samples, batch: int | None = None) -> SetScores:

@@ -3,6 +3,9 @@
 exemplars = load_exemplars("photos/", "clip")                # images, texts, sequences, sounds
 exemplars = load_exemplars(["a red heart", "a star"], "clip")  # texts, for images
 save_exemplars("photos.safetensors", exemplars)              # to be loaded in their place
+
+While anyone holds an encoder, the last few sources that it embedded are remembered, with what is
+known of each: rewards that share exemplars and an encoder embed them once.
 """
 
 from __future__ import annotations
@@ -11,10 +14,13 @@ import csv
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,7 +32,8 @@ from torch import Tensor
 
 from diffreward._assets import asset_path
 from diffreward.files import write_atomic
-from diffreward.rewards.encoders import Cached, Encoder, EncoderSpec, embed, make_encoder
+from diffreward.rewards.embedding_cache import Cached, content_hashes
+from diffreward.rewards.encoders import Encoder, EncoderSpec, embed, make_encoder
 from diffreward.rewards.gaussians import Gaussian, Moments, shrunk
 from diffreward.rewards.tokens import read_sequences
 from diffreward.samples import ALPHABETS, Samples, to_tokens
@@ -94,7 +101,8 @@ def load_exemplars(
         batch: exemplars embedded at once.
         cache: folder in which embeddings are remembered by content, see `Cached`.
         features: keep the embeddings themselves. Without, memory does not grow with the number of
-            exemplars (of sequences, only the letters are kept).
+            exemplars, beyond 64 MB that are remembered (of texts and sequences, the letters are
+            kept, and of files the paths).
         gaussian: of the embeddings; without, none is computed, and few exemplars are not warned of.
         parts: the Gaussian of all their parts, too.
         column: of a manifest; by default the first of the usual names.
@@ -123,11 +131,10 @@ def load_exemplars(
         if parts and found.parts is None:
             raise ValueError(f"{source!r} has no statistics of parts: make it with parts=True")
     else:
-        if cache is not None:
-            encoder = Cached(encoder, cache)
-        batches = _batches(path or source, encoder, batch, column, device)
+        listed = _listed(path or source, encoder, column)
+        asked = {"features": features, "gaussian": gaussian, "parts": parts}
         with torch.no_grad():
-            found = _embedded(batches, encoder, features, gaussian, parts, shrinkage)
+            found = _shrink(_remembered(listed, encoder, batch, cache, device, asked), shrinkage)
     for what in (found.gaussian if gaussian else None, found.parts if parts else None):
         if what is not None and what.count < what.dimension and not found.shrinkage:
             warnings.warn(
@@ -233,19 +240,65 @@ def _plain(covariance: Float[Tensor, "d d"], shrinkage: float) -> Float[Tensor, 
 # Embedding
 # --------------------------------------------------------------------------------------------
 
+_Listed = Samples | tuple[bool, list]
+"""Samples; or whether they are strings, and the strings or the paths of files."""
+
 _Batch = tuple[list[int], Samples | list[str], str]  # their numbers, they themselves, their size
+
+_RECENT: WeakKeyDictionary[Encoder, OrderedDict[Hashable, Exemplars]] = WeakKeyDictionary()
+_SOURCES = 4  # remembered of each encoder
+_SMALL = 2**24  # numbers of embeddings that are remembered although nobody asked for them
+
+
+def _remembered(
+    listed: _Listed,
+    encoder: Encoder,
+    batch: int,
+    cache: str | Path | None,
+    device: torch.device | str | None,
+    asked: dict[str, bool],
+) -> Exemplars:
+    """What is asked for, without shrinkage; embedded only if it was not lately."""
+    mark = _mark(listed) if isinstance(encoder, Hashable) else None
+    key = mark, encoder.key, batch, str(cache), str(device)
+    recent = OrderedDict() if mark is None else _RECENT.setdefault(encoder, OrderedDict())
+    known = recent.pop(key, Exemplars(None, None, encoder.key))
+    if asked["gaussian"] and known.gaussian is None and known.features is not None:
+        known = replace(known, gaussian=Moments().update(known.features).gaussian())
+    lacking = {name: asked[name] and getattr(known, name) is None for name in asked}
+    if any(lacking.values()) or not any(asked.values()):
+        source = encoder if cache is None else Cached(encoder, cache)
+        found = _embedded(_batches(listed, source, batch, device), source, **lacking)
+        new = {name: getattr(found, name) for name in asked if getattr(found, name) is not None}
+        known = replace(known, **new)
+    recent[key] = known
+    while len(recent) > _SOURCES:
+        recent.popitem(last=False)
+    return replace(known, **{name: None for name in asked if not asked[name]})
+
+
+def _mark(listed: _Listed) -> bytes | None:
+    """By which the same exemplars are known again: samples and strings by content, files by path,
+    size and time of change; None if they cannot be."""
+    if isinstance(listed, Samples):
+        facts: Any = content_hashes(listed)
+    elif listed[0]:
+        facts = listed[1]
+    else:
+        try:
+            states = [(path, os.stat(path)) for path in listed[1]]
+        except OSError:
+            return None  # reading it will say what is wrong
+        facts = [(os.path.abspath(path), s.st_size, s.st_mtime_ns) for path, s in states]
+    return None if facts is None else blake2b(repr(facts).encode()).digest()
 
 
 def _embedded(
-    batches: Iterable[_Batch],
-    encoder: Encoder,
-    features: bool,
-    gaussian: bool,
-    parts: bool,
-    shrinkage: float,
+    batches: Iterable[_Batch], encoder: Encoder, features: bool, gaussian: bool, parts: bool
 ) -> Exemplars:
+    """With features that were not asked for, too, if they are few and embedded anyway."""
     whole, pieces = Moments(), Moments()
-    kept: list[Tensor] = []
+    kept: list[Tensor] | None = []
     order: list[int] = []
     count, seen = 0, {}
 
@@ -266,9 +319,11 @@ def _embedded(
             found = of(what, size, in_parts=False)
             if gaussian:
                 whole.update(found)
-            if features:
+            if kept is not None and (features or count * found.shape[1] <= _SMALL):
                 kept.append(found)
                 order += numbers
+            else:
+                kept = None
         if parts:
             if not isinstance(what, Samples):
                 raise ValueError(
@@ -278,27 +333,16 @@ def _embedded(
     if count < 2:
         raise ValueError(f"a distribution needs 2 exemplars or more, but {count} came")
     return Exemplars(
-        torch.cat(kept)[torch.tensor(order).argsort()] if features else None,
-        whole.gaussian(shrinkage) if gaussian else None,
+        torch.cat(kept)[torch.tensor(order).argsort()] if kept else None,
+        whole.gaussian() if gaussian else None,
         encoder.key,
-        pieces.gaussian(shrinkage) if parts else None,
-        float(shrinkage),
+        pieces.gaussian() if parts else None,
     )
 
 
-def _batches(
-    source: Any,
-    encoder: Encoder,
-    batch: int,
-    column: str | None,
-    device: torch.device | str | None,
-) -> Iterator[_Batch]:
+def _listed(source: Any, encoder: Encoder, column: str | None) -> _Listed:
     if isinstance(source, Samples):
-        shape = _size(source.data[0]) if isinstance(source.data, Tensor) and len(source) else ""
-        for rows in torch.arange(len(source)).split(batch):
-            part = source.take(rows)
-            yield rows.tolist(), part if device is None else part.to(device), shape
-        return
+        return source
     if encoder.modality is None:
         raise ValueError(
             f"encoder {encoder.name!r} does not say what it takes: give it an attribute modality "
@@ -307,16 +351,36 @@ def _batches(
     if encoder.modality not in (*_READ, *ALPHABETS, "text"):
         raise ValueError(f"exemplars of modality {encoder.modality!r} come as Samples only")
     strings, items = _items(source, encoder.modality, column)
-    if strings and encoder.modality not in ALPHABETS:
-        text = encoder.modality == "text"
+    return strings, list(items)
+
+
+def _batches(
+    listed: _Listed, encoder: Encoder, batch: int, device: torch.device | str | None
+) -> Iterator[_Batch]:
+    if isinstance(listed, Samples):
+        data = listed.data
+        shape = _size(data[0]) if isinstance(data, Tensor) and len(listed) else ""
+        for rows in torch.arange(len(listed)).split(batch):
+            part = listed.take(rows)
+            yield rows.tolist(), part if device is None else part.to(device), shape
+        return
+    (strings, items), modality = listed, encoder.modality
+    if strings and modality not in ALPHABETS:
+        text = modality == "text"
         for numbers, _, chunk in _by_size(((None, string) for string in items), batch):
             yield numbers, Samples(chunk, "text") if text else chunk, "text"
         return
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    read = _tokens(encoder.modality) if strings else _READ[encoder.modality][1]
-    for numbers, (_, context), chunk in _by_size(_opened(items, read), batch):
+    read = _tokens(modality) if strings else _READ[modality][1]
+
+    def fitted(item: Any) -> tuple[Tensor, dict[str, Any]]:
+        data, context = read(item)
+        one = Samples(data[None], modality, context={k: [v] for k, v in context.items()})
+        return encoder.resized(one).data[0], context
+
+    for numbers, (_, context), chunk in _by_size(_opened(items, fitted), batch):
         same = {name: [value] * len(chunk) for name, value in context}
-        samples = Samples(torch.stack(chunk), encoder.modality, context=same)
+        samples = Samples(torch.stack(chunk), modality, context=same)
         yield numbers, samples.to(device), _size(chunk[0])
 
 

@@ -4,10 +4,11 @@ What they share with the others is in :mod:`.distribution`.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffreward.rewards.base import register_reward
@@ -17,15 +18,16 @@ from diffreward.rewards.distribution import ENTRY, ROWS, Embed, FeatureReward, l
 # Nearest neighbours
 # --------------------------------------------------------------------------------------------
 
-_NEIGHBOURS = dict(of_sets=True, differentiable=False, **ENTRY)
+_KYNKAANNIEMI = "Kynkaanniemi et al. 2019, arXiv:1904.06991"
+_NAEEM = "Naeem et al. 2020, arXiv:2002.09797"
 
 
-@register_reward(
-    "precision",
-    range=(0.0, 1.0),
-    source="Kynkaanniemi et al. 2019, arXiv:1904.06991",
-    **_NEIGHBOURS,
-)
+def _register(name: str, source: str, most: float = 1.0) -> Callable:
+    limits = dict(range=(0.0, most), of_sets=True, differentiable=False)
+    return register_reward(name, source=source, **limits, **ENTRY)
+
+
+@_register("precision", _KYNKAANNIEMI)
 def precision(exemplars: Any, encoder: Any = "clip", k: int = 3) -> "Neighbours":
     """Share of samples that lie within reach of an exemplar: how good they are.
 
@@ -39,9 +41,7 @@ def precision(exemplars: Any, encoder: Any = "clip", k: int = 3) -> "Neighbours"
     return Neighbours("precision", *load_features("precision", exemplars, encoder), k)
 
 
-@register_reward(
-    "recall", range=(0.0, 1.0), source="Kynkaanniemi et al. 2019, arXiv:1904.06991", **_NEIGHBOURS
-)
+@_register("recall", _KYNKAANNIEMI)
 def recall(exemplars: Any, encoder: Any = "clip", k: int = 3) -> "Neighbours":
     """Share of exemplars that lie within reach of a sample: how much of them there is.
 
@@ -55,12 +55,7 @@ def recall(exemplars: Any, encoder: Any = "clip", k: int = 3) -> "Neighbours":
     return Neighbours("recall", *load_features("recall", exemplars, encoder), k)
 
 
-@register_reward(
-    "density",
-    range=(0.0, math.inf),
-    source="Naeem et al. 2020, arXiv:2002.09797 (eq. 4)",
-    **_NEIGHBOURS,
-)
+@_register("density", f"{_NAEEM} (eq. 4)", most=math.inf)
 def density(exemplars: Any, encoder: Any = "clip", k: int = 5) -> "Neighbours":
     """How many exemplars reach a sample, a k-th of the mean: precision, less led by outliers.
 
@@ -74,12 +69,7 @@ def density(exemplars: Any, encoder: Any = "clip", k: int = 5) -> "Neighbours":
     return Neighbours("density", *load_features("density", exemplars, encoder), k)
 
 
-@register_reward(
-    "coverage",
-    range=(0.0, 1.0),
-    source="Naeem et al. 2020, arXiv:2002.09797 (eq. 5)",
-    **_NEIGHBOURS,
-)
+@_register("coverage", f"{_NAEEM} (eq. 5)")
 def coverage(exemplars: Any, encoder: Any = "clip", k: int = 5) -> "Neighbours":
     """Share of exemplars that reach a sample: recall, less led by outliers.
 
@@ -128,11 +118,9 @@ class Neighbours(FeatureReward):
             near = self._distances(rows) <= _neighbour(torch.cdist(rows, rows), self.k)[:, None]
             return near.any(dim=0).double().mean()
         reached = self._distances(rows) <= self._radii()
-        if self.info.name == "precision":
-            return reached.any(dim=1).double().mean()
-        if self.info.name == "density":
-            return reached.sum(dim=1).double().mean() / self.k
-        return reached.any(dim=0).double().mean()
+        if self.info.name == "coverage":
+            return reached.any(dim=0).double().mean()
+        return self._shares(reached).mean()
 
     def _influence(self, features: Tensor) -> Tensor:
         rows = self._rows(features)
@@ -142,11 +130,14 @@ class Neighbours(FeatureReward):
         reached = self._distances(rows) <= self._radii()
         if self.info.name == "coverage":  # what no other sample covers
             return (reached & (reached.sum(dim=0) == 1)).sum(dim=1).double() / m
-        if self.info.name == "precision":
-            each = reached.any(dim=1).double()
-        else:
-            each = reached.sum(dim=1).double() / self.k
+        each = self._shares(reached)
         return each.mean() - (each.sum() - each) / (n - 1)
+
+    def _shares(self, reached: Bool[Tensor, "n m"]) -> Float[Tensor, " n"]:
+        """Of each sample in precision or density, which are their mean."""
+        if self.info.name == "precision":
+            return reached.any(dim=1).double()
+        return reached.sum(dim=1).double() / self.k
 
     def _recall_influence(self, rows: Tensor) -> Tensor:
         """Without sample j, its own ball is gone, and of those that counted it one more is in."""

@@ -646,6 +646,23 @@ def test_a_set_has_a_value_and_each_sample_its_influence(images):
     assert scores.take([1]).value.tolist() == [scores.value[1].item()]
 
 
+def test_influences_are_computed_once_and_only_when_they_are_asked_for(images):
+    calls = []
+
+    class Counted(Spread):
+        def influence(self, features):
+            calls.append(len(features))
+            return super().influence(features).float()
+
+    scores = evaluate_set(Counted(), images)
+    assert len(scores) == 4 and "4 samples" in repr(scores) and scores.std is None
+    assert not calls
+    assert scores.value.dtype == torch.float64 and scores.pseudovalues().shape == (4,)
+    assert calls == [4]
+    scores.value = torch.zeros(4)
+    assert not scores.value.any() and calls == [4]
+
+
 def test_sets_and_samples_are_not_mistaken_for_each_other(images, registry):
     with pytest.raises(ValueError, match="'spread' is of whole sets.*evaluate_set"):
         evaluate(Spread(), images)
@@ -687,4 +704,16 @@ def test_what_a_set_reward_may_not_give(images):
     with pytest.raises(ValueError, match="scores image samples, but dna"):
         evaluate_set(Spread(), Samples(torch.zeros(3, 4, dtype=torch.int64), "dna"))
     with pytest.raises(ValueError, match="influence of one needs 3 or more, but 2 came"):
-        evaluate_set(Spread(), images.take([0, 1]))
+        _ = evaluate_set(Spread(), images.take([0, 1])).value
+
+    class Wrong(Spread):
+        def influence(self, features):
+            return features
+
+    class Endless(Spread):
+        def influence(self, features):
+            return torch.full((len(features),), math.nan)
+
+    for reward, error in ((Wrong(), r"influence of shape \(4, 1\)"), (Endless(), "influence that")):
+        with pytest.raises(ValueError, match=error):
+            _ = evaluate_set(reward, images).value

@@ -659,3 +659,9 @@ def test_bad_kernels():
         for call in (Vendi(embed, kernel).value, Vendi(embed, kernel).influence):
             with pytest.raises(ValueError, match=message):
                 call(x)
+
+
+def test_the_median_distance_is_of_all_parts_of_the_exemplars():
+    rows = torch.linspace(0, 1, 3000)[:, None]
+    for at_most in (100, 1000):  # |x - y| of uniform x, y has the median 1 - sqrt(1/2)
+        assert abs(median_distance(rows, at_most) - (1 - 0.5**0.5)) < 0.02

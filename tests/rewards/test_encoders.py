@@ -1,9 +1,11 @@
 """Encoders against open_clip, transformers, diffusers and torch-fidelity called directly."""
 
+import copy
 import gc
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -19,8 +21,8 @@ from torch import nn
 
 from diffreward._assets import asset_path
 from diffreward.rewards import encoders, registry
+from diffreward.rewards.embedding_cache import Cached, content_hashes
 from diffreward.rewards.encoders import (
-    Cached,
     Encoder,
     available_encoders,
     embed,
@@ -28,6 +30,7 @@ from diffreward.rewards.encoders import (
     network_key,
     register_encoder,
 )
+from diffreward.rewards.exemplars import load_exemplars
 from diffreward.samples import ALPHABETS, Samples, to_tokens
 
 close = torch.testing.assert_close
@@ -218,7 +221,7 @@ def test_dino_is_transformers(folders, kind, size):
     with torch.no_grad():
         hidden = network(pixel_values=prepared).last_hidden_state
     encoder = make_encoder("dino", model=folders[kind])
-    encoder.preprocess = encoders.replace(encoder.preprocess, exact=True)  # 8 bits as PIL has
+    encoder.preprocess = replace(encoder.preprocess, exact=True)  # 8 bits as PIL has
     close(encoder(to_samples(pixels)), hidden[:, 0], atol=1e-4, rtol=1e-3)
     close(encoder.parts(to_samples(pixels)), hidden[:, -16:], atol=1e-4, rtol=1e-3)
     assert hidden.shape[1] == 17 + 3 * (kind == "registers")
@@ -347,8 +350,60 @@ def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
     check(floats, samples, parts=False)
     check_gradient(lambda x: floats(Samples(x, "image")), samples.data[:1], step=1e-2, rtol=0.05)
     assert floats.key != rounded.key
+    assert rounded.resized(samples) is samples
+    check_resized(floats, (299, 299), MIXED[:1], atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="not their parts"):
         floats.parts(samples)
+
+
+MIXED = [(40, 56), (64, 64), (33, 90), (200, 47), (64, 40), (31, 30)]
+
+
+def check_resized(encoder, side, sizes=MIXED, **tolerance):
+    """Of one size whatever came, embedded as before, and left as they are a second time."""
+    for size in sizes:
+        samples = to_samples(photos(1, *size))
+        again = encoder.resized(samples)
+        assert again.data.shape == (1, 3, *side) and again.modality == "image"
+        assert torch.equal(encoder.resized(again).data, again.data)
+        close(encoder(again), encoder(samples), **tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}])
+@pytest.mark.parametrize("kind", ["open_clip", "clip", "siglip"])
+def test_clip_is_the_same_of_resized_images(folders, kind, options):
+    encoder = make_encoder("clip", model=folders[kind], **options)
+    check_resized(encoder, encoder.preprocess.size, rtol=0, atol=0)
+
+
+def test_images_may_be_resized_beforehand(folders):
+    check_resized(make_encoder("dino", model=folders["dino"]), (40, 40), rtol=0, atol=0)
+    check_resized(make_encoder("dino", model=folders["dino"], size=48), (48, 48), rtol=0, atol=0)
+    check_resized(make_encoder("vae", size=24), (24, 24), rtol=0, atol=0)
+    samples = to_samples(photos(2, 40, 24))
+    assert make_encoder("vae").resized(samples) is samples
+    twice = make_encoder("clip", exact=True)
+    twice.preprocess = replace(twice.preprocess, clip=False)  # float after rounding: not twice
+    assert twice.resized(samples) is samples
+    assert make_encoder("kmers").resized(samples) is samples
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_folder_of_many_sizes_is_embedded_in_full_batches(tmp_path, monkeypatch, cache):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, size in enumerate(MIXED):
+        Image.fromarray(photos(1, *size, seed=i)[0]).save(pictures / f"{i}.png")
+    encoder, batches = make_encoder("clip"), []
+    each = [encoder(to_samples(photos(1, *size, seed=i))) for i, size in enumerate(MIXED)]
+    call = type(encoder).__call__
+    monkeypatch.setattr(
+        type(encoder), "__call__", lambda e, s: batches.append(len(s)) or call(e, s)
+    )
+    how = {"cache": tmp_path / "cache"} if cache else {}
+    found = load_exemplars(pictures, encoder, batch=4, gaussian=False, **how)
+    assert batches == [4, 2]
+    close(found.features, torch.cat(each), atol=1e-6, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------
@@ -718,3 +773,42 @@ def test_a_callable_without_identity_is_not_cached(tmp_path):
     with torch.inference_mode():
         found = cached(to_samples(photos(2, 64, 64)))
     close(found, make_encoder("clip")(to_samples(photos(2, 64, 64))))
+
+
+def test_the_same_bits_of_another_type_are_another_content():
+    x = torch.rand(2, 5)
+    kinds = [Samples(x, "latent"), Samples(x.view(torch.int32), "latent"), Samples(x, "other")]
+    hashes = [each for samples in kinds for each in content_hashes(samples)]
+    assert len(set(hashes)) == 6
+
+
+def test_what_is_remembered_has_full_precision(tmp_path):
+    weights = torch.rand(3 * 8 * 8, 4)
+
+    def project(samples):
+        return samples.data.flatten(1) @ weights
+
+    project.key = "project"
+    samples = to_samples(photos(2, 8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert project(samples).dtype == torch.bfloat16
+        Cached(project, tmp_path)(samples)
+    close(Cached(project, tmp_path)(samples), project(samples))
+
+
+def test_the_key_of_a_vae_has_its_scale():
+    network = make_encoder("vae").network
+    other = copy.deepcopy(network)
+    other.register_to_config(scaling_factor=2 * network.config.scaling_factor)
+    keys = {
+        make_encoder("vae", model=m, pool=p).key
+        for m in (network, other)
+        for p in ("mean", "flatten")
+    }
+    assert len(keys) == 4
+
+
+def test_the_key_of_a_network_has_the_shapes_of_its_weights():
+    wide, tall = nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False)
+    wide.weight.data = tall.weight.data.reshape(3, 2)
+    assert network_key("n", wide) != network_key("n", tall)

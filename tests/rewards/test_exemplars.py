@@ -1,7 +1,9 @@
 """Exemplars against numpy and the encoders themselves; every kind of source, and every error."""
 
 import csv
+import gc
 import json
+import warnings
 import weakref
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_towers import photos, to_samples
 
-from diffreward.rewards import encoders, exemplars
+from diffreward.rewards import encoders, exemplars, make_reward
 from diffreward.rewards.encoders import Encoder, make_encoder
 from diffreward.rewards.exemplars import Exemplars, load_exemplars, save_exemplars
 from diffreward.samples import Samples
@@ -210,6 +212,16 @@ def test_an_embedded_folder_and_the_warning_of_too_few():
 # --------------------------------------------------------------------------------------------
 
 
+def test_as_many_exemplars_as_dimensions_are_not_warned_of(folder):
+    files = sorted(folder.rglob("[0-9].png"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_exemplars(files[:6], Colours())
+        make_reward("kid", exemplars=files[:3], encoder=Colours())  # needs no covariance
+    with pytest.warns(UserWarning, match="5 exemplars embedded in 6 dimensions"):
+        load_exemplars(files[:5], Colours())
+
+
 def test_images_are_read_upright_on_white_and_exactly(tmp_path):
     pixels = photos(1, 6, 4)[0]
     Image.fromarray(pixels).save(tmp_path / "0.png")
@@ -292,7 +304,9 @@ def test_the_gaussian_of_parts_is_of_all_parts_of_all(folder):
     assert not encoder.batches and alone.gaussian is None and alone.features is None
 
 
-def test_without_features_nothing_is_kept(folder):
+def test_without_features_few_are_kept(folder, monkeypatch):
+    monkeypatch.setattr(exemplars, "_SMALL", 8 * 6)  # eight of the 36
+
     class Watched(Colours):
         def __init__(self):
             super().__init__()
@@ -309,7 +323,8 @@ def test_without_features_nothing_is_kept(folder):
     load_exemplars(listed, with_features, batch=2)
     found = load_exemplars(listed, without, batch=2, features=False)
     assert found.features is None and found.gaussian.count == 36
-    assert with_features.most > 15 and without.most <= 2
+    assert with_features.most > 15 and without.most <= 2 + 4
+    assert sum(ref() is not None for ref in without.seen) == 0
     close(found.gaussian.covariance, load_exemplars(listed, Colours()).gaussian.covariance)
 
 
@@ -434,9 +449,123 @@ def test_the_network_is_called_only_for_what_is_new(tmp_path, monkeypatch):
     )
     how = {"cache": tmp_path, "gaussian": False}
     first = load_exemplars("embedded:samples", encoder, **how)
+    exemplars._RECENT.clear()
     second = load_exemplars("embedded:samples", encoder, **how)
     assert rows == [12]
     close(first.features, second.features, rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------------------------
+# Remembered in the process
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("frechet", "kid"), ("kid", "frechet", "mmd")])
+def test_rewards_of_the_same_exemplars_embed_them_once(folder, names):
+    encoder = Colours()
+    samples = to_samples(photos(8, 8, 10, seed=5))
+    shared = [make_reward(name, exemplars=str(folder), encoder=encoder) for name in names]
+    assert encoder.batches == [9]
+    alone = [make_reward(name, exemplars=str(folder), encoder=Colours()) for name in names]
+    for one, other in zip(shared, alone, strict=True):
+        close(one(samples), other(samples), rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_remembered_is_what_was_asked_for(folder):
+    encoder, fresh = Colours(), Colours()
+    wishes = [
+        {"features": False}, {"gaussian": False}, {}, {"shrinkage": 0.25},
+        {"features": False, "shrinkage": 1.0}, {"parts": True}, {"parts": True, "shrinkage": 0.5},
+        {"parts": True, "features": False, "gaussian": False},
+    ]  # fmt: skip
+    for wish in wishes:
+        exemplars._RECENT.pop(fresh, None)
+        found, truth = (
+            load_exemplars(folder, encoder, **wish),
+            load_exemplars(folder, fresh, **wish),
+        )
+        assert found.shrinkage == truth.shrinkage
+        for name in ("features", "gaussian", "parts"):
+            one, other = getattr(found, name), getattr(truth, name)
+            assert (one is None) == (other is None), (wish, name)
+            if isinstance(one, torch.Tensor):
+                close(one, other, rtol=0, atol=0)
+            elif one is not None:
+                close(one.mean, other.mean, rtol=1e-12, atol=1e-14)
+                close(one.covariance, other.covariance, rtol=1e-12, atol=1e-14)
+                assert one.count == other.count
+    assert encoder.batches == [9]  # its parts are no call of it
+
+
+def test_a_change_of_the_exemplars_is_noticed(tmp_path):
+    pixels = photos(4, 8, 8)
+    for i, image in enumerate(pixels[:3]):
+        Image.fromarray(image).save(tmp_path / f"{i}.bmp")
+    table = tmp_path / "table.csv"
+    table.write_text("path\n" + "".join(f"{i}.bmp\n" for i in range(3)))
+    encoder = Colours()
+
+    def changed(source, calls, expected):
+        before = sum(encoder.batches)
+        for _ in range(2):
+            close(load_exemplars(source, encoder).features, truth(expected))
+        assert sum(encoder.batches) - before == calls
+
+    changed(tmp_path, 3, pixels[:3])
+    changed(table, 0, pixels[:3])  # the same files
+    pixels[1] = 255 - pixels[1]
+    Image.fromarray(pixels[1]).save(tmp_path / "1.bmp")  # of the same length
+    changed(tmp_path, 3, pixels[:3])
+    changed(table, 0, pixels[:3])
+    table.write_text("path\n2.bmp\n0.bmp\n")
+    changed(table, 2, pixels[[2, 0]])
+    Image.fromarray(pixels[3]).save(tmp_path / "3.bmp")
+    changed(tmp_path, 4, pixels)
+    changed(to_samples(pixels), 4, pixels)  # samples go by content
+    changed(to_samples(pixels.copy()), 0, pixels)
+    changed(to_samples(pixels[::-1].copy()), 4, pixels[::-1].copy())
+
+
+def test_texts_samples_and_encoders_are_remembered_apart(folder):
+    encoder, calls = Colours(), []
+    texts = type(encoder).texts
+    encoder.texts = lambda these: calls.append(len(these)) or texts(encoder, these)
+    for words, expected in [(["a", "bb"], 1), (["a", "bb"], 1), (["bb", "a"], 2), (["abb"] * 2, 3)]:
+        load_exemplars(words, encoder)
+        assert len(calls) == expected
+    for options, count in [({}, 1), ({"batch": 5}, 3), ({"device": "cpu"}, 4), ({}, 4)]:
+        load_exemplars(folder, encoder, **options)
+        assert len(encoder.batches) == count, options
+    other = Colours()
+    load_exemplars(folder, other)
+    assert other.batches == [9]
+    strange = Samples(torch.rand(3, 3, 4, 4), "image", context={"what": [object()] * 3})
+    for _ in range(2):  # nothing says whether these are the same
+        load_exemplars(strange, other)
+    assert other.batches == [9, 3, 3]
+
+
+def test_few_sources_are_remembered_and_no_encoder_is_kept(folder):
+    encoder = Colours()
+    files = sorted(folder.rglob("[0-9].png"))
+    for i in range(6):
+        load_exemplars(files[i : i + 3], encoder)
+    assert len(encoder.batches) == 6 and len(exemplars._RECENT[encoder]) == exemplars._SOURCES
+    load_exemplars(files[2:5], encoder)  # the oldest that is left, and now the newest
+    load_exemplars(files[0:3], encoder)
+    load_exemplars(files[2:5], encoder)
+    assert len(encoder.batches) == 7
+    gone = weakref.ref(encoder)
+    del encoder
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_cache_is_written_though_the_exemplars_are_remembered(folder, tmp_path):
+    encoder = Colours()
+    load_exemplars(folder, encoder)
+    load_exemplars(folder, encoder, cache=tmp_path)
+    assert list(tmp_path.rglob("*.safetensors")) and encoder.batches == [9, 9]
 
 
 # --------------------------------------------------------------------------------------------
