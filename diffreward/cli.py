@@ -90,7 +90,7 @@ def _check_options(config: SteerConfig, guide) -> None:
     fk = FeynmanKac(**{field.name: options.pop(field.name) for field in fields(FeynmanKac)})
     if config.model.num_steps is not None:
         fk.steps(config.model.num_steps)
-    check_options(guide, **options)
+    check_options(guide, uncertainty=fk.uncertainty, **options)
 
 
 def _judges(config: SteerConfig, guide, prompts: list[str]) -> dict:

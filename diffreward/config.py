@@ -106,6 +106,9 @@ class SteeringConfig:
             chain; null: at 20, 40, 60 and 80 %.
         tempering: how lmbda grows along the chain: constant, linear or adaptive.
         target_ess: of adaptive tempering, as a fraction of K.
+        uncertainty: of rewards that know their std: terminal (steer by reward - kappa * std) or
+            intermediate (uncertain predictions are selected less, the target is the same).
+        kappa: of terminal.
         proposal: policy; gradient, which follows the gradient of a differentiable reward; or
             gradient_x0 (of tokens), the same with the network taken as constant.
         gradient_clip: largest norm of the gradient of lmbda * reward.
@@ -123,6 +126,8 @@ class SteeringConfig:
     schedule: int | list[int] | list[float] | None = None
     tempering: str = "constant"
     target_ess: float = 0.5
+    uncertainty: str | None = None
+    kappa: float = 1.0
     proposal: str = "policy"
     gradient_clip: float | None = None
     num_x0_samples: int = 1

@@ -138,6 +138,11 @@ def test_judges_of_one_name_are_told_apart(painter, capsys):
         (["--steer.num_particles", "0"], "num_particles must be at least 1"),
         (["--steer.num_x0_samples", "0"], "num_x0_samples must be at least 1"),
         (["--steer.max_batch", "0"], "max_batch must be at least 1"),
+        (["--steer.uncertainty", "terminl"], "did you mean 'terminal'"),
+        (
+            ["--steer.uncertainty", "intermediate", "--steer.num_x0_samples", "2"],
+            "one clean prediction",
+        ),
         (["--steer.lmbda", ".nan"], "lmbda must be finite"),
         (["--steer.lmbda", ".inf"], "lmbda must be finite"),
         (["--steer.schedule", "[7]"], "0..4"),

@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -158,9 +159,19 @@ class DenoisingAlgorithm(Algorithm):
 
 @dataclass(frozen=True)
 class PathwiseAlgorithm(Algorithm):
-    """The gradient of a differentiable reward."""
+    """The gradient of a differentiable reward.
+
+    Attributes:
+        needs_data: whether it learns from pictures: the loss gets their clean latents, ``x0``, and
+            the reward itself, ``reward``, as further arguments.
+        logged: parts of the scores whose mean is logged.
+        kappa: `judge` gives the reward minus kappa times its std.
+    """
 
     family: ClassVar[str] = "pathwise"
+    kappa = 0.0
+    needs_data: ClassVar[bool] = False
+    logged: ClassVar[tuple[str, ...]] = ("kl",)
 
     def check(self, reward: Reward) -> None:
         """Refuse a reward that declares it has no gradient."""
@@ -178,7 +189,7 @@ class PathwiseAlgorithm(Algorithm):
 
         Samples are independent: the engine takes a batch in as many pieces as memory asks for. The
         update descends the mean of the losses. With ``needs_reference`` the pretrained policy
-        comes as a further argument, ``reference``. A part of the scores named "kl" is logged.
+        comes as a further argument, ``reference``. A sample that was not scored has the score NaN.
 
         Raises:
             ValueError: the rewards have no gradient, or one is infinite.
@@ -191,7 +202,10 @@ class PathwiseAlgorithm(Algorithm):
         condition: Condition,
         score: Callable[[Samples], Scores],
     ) -> tuple[Float[Tensor, " b"], Samples, Scores]:
-        """Decode and score clean latents: rewards with their graph, samples and scores without."""
+        """Decode and score clean latents: what is climbed, with its graph; samples and scores.
+
+        The scores are the reward's own, without the graph: ``kappa`` is not in them.
+        """
         samples = policy.decode(x0, condition)
         scores = score(samples)
         value = scores.value
@@ -208,9 +222,18 @@ class PathwiseAlgorithm(Algorithm):
                 f"{type(self).__name__} cannot differentiate the reward {value[j].item()} of a "
                 f"sample for {condition.prompts[j]!r}; {_WITHOUT_GRADIENT} with hard constraints"
             )
-        std = None if scores.std is None else scores.std.detach()
+        raw, std = value.detach(), scores.std
+        if self.kappa:
+            if std is None or not std.requires_grad:
+                what = "have none" if std is None else "give it without a gradient"
+                raise ValueError(
+                    f"{type(self).__name__} with kappa={self.kappa} lowers the std of the rewards, "
+                    f"and they {what}; use a reward that knows it (ensemble, uncertain), or kappa=0"
+                )
+            value = value - self.kappa * std
+        std = None if std is None else std.detach()
         parts = {name: part.detach() for name, part in scores.parts.items()}
-        return value, samples.detach(), Scores(value.detach(), std, parts)
+        return value, samples.detach(), Scores(raw, std, parts)
 
 
 _WITHOUT_GRADIENT = "use prdp, ddpo or another algorithm that needs no gradient"
@@ -317,6 +340,22 @@ def finite_rewards(scores: Scores, algorithm: str) -> Float64[Tensor, " b"]:
     return value
 
 
+def certainty(scores: Scores, tau: float | None) -> Float64[Tensor, " b"]:
+    """Weights of centred rewards, w = 1 / (1 + (std / tau)^2), divided by their mean; no gradient.
+
+    All are 1 if ``tau`` is None, or no std is known; and, but for rounding, if all are the same.
+
+    w (r - b) is the best linear estimate of how far a sample's true reward is from b, if those have
+    the standard deviation tau and r was measured with the error std. It is flat at 0, unlike
+    exp(-std / tau): small uncertainties change nothing to first order. For rewards that are *not*
+    centred it would be wrong: it lifts negative ones.
+    """
+    if tau is None or scores.std is None:
+        return torch.ones_like(scores.value, dtype=torch.float64)
+    weight = 1 / (1 + (scores.std.detach().double() / tau) ** 2)
+    return weight / weight.mean()
+
+
 def ratio_diagnostics(
     log_prob: Float[Tensor, "b T"], log_prob_old: Float[Tensor, "b T"], low: float, high: float
 ) -> dict[str, float]:
@@ -337,6 +376,25 @@ def require_positive(algorithm: Algorithm, *names: str) -> None:
     for name in names:
         if not (value := getattr(algorithm, name)) > 0:
             raise ValueError(f"{type(algorithm).__name__} needs {name} above 0, but {value!r} came")
+
+
+def require_kappa(algorithm: Algorithm) -> None:
+    """Raise ValueError if ``kappa`` is negative or infinite."""
+    if not 0 <= algorithm.kappa < inf:
+        raise ValueError(
+            f"kappa of {type(algorithm).__name__} is 0 or more, and finite (below 0 it would "
+            f"reward uncertainty), but {algorithm.kappa!r} came"
+        )
+
+
+def require_tau(algorithm: Algorithm) -> None:
+    """Raise ValueError if ``uncertainty`` is neither None nor a finite number above 0."""
+    tau = algorithm.uncertainty
+    if tau is not None and not 0 < tau < inf:
+        raise ValueError(
+            f"uncertainty of {type(algorithm).__name__} is the std at which a sample counts half, "
+            f"above 0 and finite, or null, but {tau!r} came"
+        )
 
 
 def require_choice(algorithm: Algorithm, name: str, choices: Sequence[str]) -> None:

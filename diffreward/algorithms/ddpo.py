@@ -4,12 +4,13 @@ Black et al. 2023, *Training Diffusion Models with Reinforcement Learning*, arXi
 the chain as a Markov decision process: state x[i], action x[i+1], the reward at the end.
 
     rho_i = exp((log p(x[i+1] | x[i]) - log p_old(x[i+1] | x[i])) / dims)
-    A     = clip((r - mean) / (std + 1e-6), -advantage_clip, advantage_clip)
+    A     = clip(w (r - mean) / (std + 1e-6), -advantage_clip, advantage_clip)
     loss  = mean over samples and steps of -min(rho_i A, clip(rho_i, 1 - clip, 1 + clip) A)
 
 Mean and std are of the last ``buffer_size`` rewards of the same prompt, this rollout's included; of
 all rewards of the rollout while a prompt has fewer than ``min_count``, or always with
 ``normalization="batch"``. PRDP's authors argue that with 100,000 prompts the former hardly happens.
+w is 1, but for ``uncertainty``, which is ours: see `diffreward.algorithms.grpo`.
 
 paper                       code                   meaning
 theta_old                   ``log_prob_old``       the model that drew the steps
@@ -51,11 +52,13 @@ from torch import Tensor
 from diffreward.algorithms.base import (
     History,
     TrajectoryAlgorithm,
+    certainty,
     clipped_surrogate,
     finite_rewards,
     ratio_diagnostics,
     require_choice,
     require_positive,
+    require_tau,
 )
 from diffreward.rewards import Scores
 
@@ -78,6 +81,8 @@ class DDPO(TrajectoryAlgorithm):
         passes: how often a rollout is gone through.
         minibatches: updates per pass.
         shared_noise: the samples of a prompt start from the same noise.
+        uncertainty: tau, in units of the reward: the std at which a sample counts half as much as a
+            certain one; null: all count alike.
 
     Raises:
         ValueError: a value out of range.
@@ -92,6 +97,7 @@ class DDPO(TrajectoryAlgorithm):
     passes: int = 1
     minibatches: int = 1
     shared_noise: bool = False
+    uncertainty: float | None = None
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {**STABLE_DIFFUSION, "minibatches": 4},
@@ -104,6 +110,7 @@ class DDPO(TrajectoryAlgorithm):
             self, "clip", "dims", "advantage_clip", "buffer_size", "passes", "minibatches"
         )
         require_choice(self, "normalization", NORMALIZATIONS)
+        require_tau(self)
         if self.clip >= 1:
             raise ValueError(f"clip of DDPO lies in (0, 1), but {self.clip} came")
 
@@ -126,7 +133,7 @@ class DDPO(TrajectoryAlgorithm):
                 recent = torch.cat([history[prompt].to(value), value[at]])[-self.buffer_size :]
                 if len(recent) >= self.min_count:
                     mean[at], std[at] = recent.mean(), recent.std(correction=0)
-        advantage = (value - mean) / (std + 1e-6)
+        advantage = (value - mean) / (std + 1e-6) * certainty(scores, self.uncertainty)
         limit = self.advantage_clip
         return Scores(advantage.clamp(-limit, limit), None, scores.parts)
 

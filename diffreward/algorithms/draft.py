@@ -40,7 +40,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from diffreward.algorithms.base import PathwiseAlgorithm, take_generators, uniform
+from diffreward.algorithms.base import PathwiseAlgorithm, require_kappa, take_generators, uniform
 from diffreward.policy import Condition, Generators, Policy
 from diffreward.rewards import Scores
 from diffreward.samples import Samples
@@ -55,6 +55,8 @@ class DRaFT(PathwiseAlgorithm):
         extra: n, further noisings of the finished sample (DRaFT-LV); with steps=1 only.
         weight: the loss is -weight * reward.
         checkpoint: keep a step's input instead of its activations, and compute it twice.
+        kappa: what is climbed is the reward minus kappa times its std, with the gradient of both;
+            above 0, rewards without a std are refused.
 
     Raises:
         ValueError: a value out of range; in `loss`, more steps than the chain has, or ``extra``
@@ -65,6 +67,7 @@ class DRaFT(PathwiseAlgorithm):
     extra: int = 0
     weight: float = 1.0
     checkpoint: bool = False
+    kappa: float = 0.0
 
     presets: ClassVar = {
         "draft": {"steps": None, "checkpoint": True},
@@ -73,6 +76,7 @@ class DRaFT(PathwiseAlgorithm):
     }
 
     def __post_init__(self) -> None:
+        require_kappa(self)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be 1 or more, or null (all), but {self.steps} came")
         if self.extra < 0:
@@ -124,6 +128,8 @@ class AlignProp(PathwiseAlgorithm):
         low, high: of the uniform law, as fractions of the chain; ``high`` is not reached.
         weight: the loss is -weight * reward.
         checkpoint: keep a step's input instead of its activations, and compute it twice.
+        kappa: what is climbed is the reward minus kappa times its std, with the gradient of both;
+            above 0, rewards without a std are refused.
 
     Raises:
         ValueError: a value out of range.
@@ -136,6 +142,7 @@ class AlignProp(PathwiseAlgorithm):
     high: float = 1.0
     weight: float = 1.0
     checkpoint: bool = False
+    kappa: float = 0.0
 
     presets: ClassVar = {
         "paper": {"truncation": "uniform", "low": 0.0, "high": 1.0, "weight": 0.01},
@@ -144,6 +151,7 @@ class AlignProp(PathwiseAlgorithm):
     }
 
     def __post_init__(self) -> None:
+        require_kappa(self)
         if self.truncation not in ("normal", "uniform"):
             raise ValueError(f"truncation must be normal or uniform, but {self.truncation!r} came")
         if not (0 <= self.mean <= 1 and 0 < self.std < math.inf):

@@ -29,7 +29,9 @@ D1 and D2 a sweep starts from is ``start``; "first" is D1 whatever its value, wh
 r(D+) >= r(D1) only.
 
 Rewards with a standard deviation and ``bound`` = k > 0: a sample counts with value - k std against
-D-, and with value + k std against D+: pairs that may be the other way round are dropped.
+D-, and with value + k std against D+: pairs that may be the other way round are dropped. These
+are the pairs a, b whose difference is not above k (std_a + std_b); or, with ``independent``, which
+takes the errors of two samples for independent, k sqrt(std_a^2 + std_b^2), which drops fewer.
 """
 
 from __future__ import annotations
@@ -79,6 +81,8 @@ class DRAGON(DenoisingAlgorithm):
             "kto".
         share: of ``top``: D+ and D- have each this share of the samples, 0.5 at most.
         bound: k; 0: standard deviations are ignored.
+        independent: the errors of two samples are independent; false: they may be as opposed as can
+            be.
         sweeps: of ``swap``: how often all pairs are gone through, at most.
         start: of ``swap``: "better" or "first" of the two sets.
         order: of ``swap``: "fixed", as the prompts come, or "random", anew for each sweep.
@@ -101,6 +105,7 @@ class DRAGON(DenoisingAlgorithm):
     paired: bool = True
     share: float = 0.5
     bound: float = 0.0
+    independent: bool = False
     sweeps: int = 1
     start: str = "better"
     order: str = "fixed"
@@ -161,12 +166,17 @@ class DRAGON(DenoisingAlgorithm):
         builder, parts = self._builder(isinstance(scores, SetScores)), {}
         value = scores.value.double()
         std = torch.zeros_like(value) if scores.std is None else scores.std.double()
-        low, high = value - self.bound * std, value + self.bound * std
+        slack = self.bound * std
+
+        def above(a: Rows, b: Rows, rounding: float = 0.0) -> Tensor:
+            together = slack[a].hypot(slack[b]) if self.independent else slack[a] + slack[b]
+            return value[a] - value[b] > together + rounding
+
         generator = torch.Generator().manual_seed(self.seed)
         if builder == "top":
             where = groups if self.paired else torch.zeros_like(groups)
-            winner, loser = _extremes(low, high, where, self.share)
-            certain = low[winner] > high[loser]
+            winner, loser = _extremes(value - slack, value + slack, where, self.share)
+            certain = above(winner, loser)
             winner, loser = winner[certain], loser[certain]
         else:
             first, second = halves(groups)
@@ -177,9 +187,9 @@ class DRAGON(DenoisingAlgorithm):
                 parts = {name: torch.full_like(value, v) for name, v in numbers.items()}
             else:
                 # differences of a set's values are rounded, also where two samples are the same
-                slack = 1e-9 * float(value.abs().max()) if builder == "influence" else 0.0
-                for_first = low[first] - slack > high[second]
-                for_second = low[second] - slack > high[first]
+                rounding = 1e-9 * float(value.abs().max()) if builder == "influence" else 0.0
+                for_first = above(first, second, rounding)
+                for_second = above(second, first, rounding)
                 winner = torch.cat([first[for_first], second[for_second]])
                 loser = torch.cat([second[for_first], first[for_second]])
         if not len(winner):

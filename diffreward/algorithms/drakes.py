@@ -44,7 +44,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from diffreward.algorithms.base import PathwiseAlgorithm
+from diffreward.algorithms.base import PathwiseAlgorithm, require_kappa
 from diffreward.policy import Condition, Generators, Policy, StepLaw, randn
 from diffreward.rewards import Scores
 from diffreward.samples import Samples
@@ -63,6 +63,8 @@ class DRAKES(PathwiseAlgorithm):
         straight_through: the reward reads the likeliest letters, not the relaxed ones.
         official_kl: the authors' gate, for comparisons; for masked policies.
         checkpoint: keep a step's input instead of its activations, and compute it twice.
+        kappa: what is climbed is the reward minus kappa times its std, with the gradient of both;
+            above 0, rewards without a std are refused.
 
     Raises:
         ValueError: a value out of range; in `loss`, more steps than the chain has.
@@ -75,6 +77,7 @@ class DRAKES(PathwiseAlgorithm):
     straight_through: bool = True
     official_kl: bool = False
     checkpoint: bool = False
+    kappa: float = 0.0
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper_dna": {"steps": 50, "kl": 1e-3},
@@ -82,6 +85,7 @@ class DRAKES(PathwiseAlgorithm):
     }
 
     def __post_init__(self) -> None:
+        require_kappa(self)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be 1 or more, or null (all), but {self.steps} came")
         if not 0 <= self.kl < math.inf:

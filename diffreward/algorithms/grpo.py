@@ -5,9 +5,13 @@ Training Flow Matching Models via Online RL*, arXiv:2505.05470, for chains of fl
 need a stochastic sampler of the same marginals (`diffreward.policies.gaussian.FlowSDE`).
 
     rho_i = exp((log p(x[i+1] | x[i]) - log p_old(x[i+1] | x[i])) / dims)
-    A     = clip((r - mean of the prompt) / (std + 1e-4), -advantage_clip, advantage_clip)
+    A     = clip(w (r - mean of the prompt) / (std + 1e-4), -advantage_clip, advantage_clip)
     loss  = mean over samples and steps of
             -min(rho_i A, clip(rho_i, 1 - clip, 1 + clip) A) + beta_kl KL_i / dims
+
+w is 1 unless ``uncertainty`` = tau is given and the rewards have a standard deviation s: then it is
+1 / (1 + (s / tau)^2) over its mean in the rollout (`base.certainty`), so that an uncertain sample
+counts as average, whether it is thought good or bad. Ours, not the papers'.
 
 KL_i = KL(model || pretrained) of step i is exact, not estimated. The mean of the prompt's B samples
 includes the sample itself, so that the policy gradient is shortened by 1 - 1 / B. The gradient of
@@ -43,6 +47,7 @@ from torch import Tensor
 from diffreward.algorithms.base import (
     History,
     TrajectoryAlgorithm,
+    certainty,
     clipped_surrogate,
     finite_rewards,
     group_mean,
@@ -50,6 +55,7 @@ from diffreward.algorithms.base import (
     ratio_diagnostics,
     require_choice,
     require_positive,
+    require_tau,
 )
 from diffreward.rewards import Scores
 
@@ -73,6 +79,8 @@ class GRPO(TrajectoryAlgorithm):
         passes: how often a rollout is gone through.
         minibatches: updates per pass.
         shared_noise: the samples of a prompt start from the same noise.
+        uncertainty: tau, in units of the reward: the std at which a sample counts half as much as a
+            certain one; null: all count alike.
 
     Raises:
         ValueError: a value out of range.
@@ -87,6 +95,7 @@ class GRPO(TrajectoryAlgorithm):
     passes: int = 1
     minibatches: int = 1
     shared_noise: bool = False
+    uncertainty: float | None = None
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "flow_grpo": {
@@ -104,6 +113,7 @@ class GRPO(TrajectoryAlgorithm):
             self, "clip", "dims", "advantage_clip", "timestep_fraction", "passes", "minibatches"
         )
         require_choice(self, "std", STDS)
+        require_tau(self)
         if self.clip >= 1 or self.timestep_fraction > 1 or not self.beta_kl >= 0:
             raise ValueError(
                 "GRPO needs clip below 1, timestep_fraction up to 1 and beta_kl from 0, but "
@@ -129,7 +139,7 @@ class GRPO(TrajectoryAlgorithm):
             advantage = advantage / (group_std(value, groups) + 1e-4)
         elif self.std == "global":
             advantage = advantage / (value.std(correction=0) + 1e-4)
-        limit = self.advantage_clip
+        advantage, limit = advantage * certainty(scores, self.uncertainty), self.advantage_clip
         return Scores(advantage.clamp(-limit, limit), None, scores.parts)
 
     def loss(

@@ -61,9 +61,9 @@ Differences from the authors' published loss in ``fixed``, which is the default:
   drop them, and divide 0 by 0 where all are equal; with ``ties="drop"`` such a group gives 0;
 - rewards are divided by their standard deviation within prompts, so that beta means the same for
   every reward;
-- where rewards know their uncertainty, a pair is weighted by V / (V + std_a^2 + std_b^2), V the
-  mean squared reward difference over the update's pairs: differences that may be noise count less.
-  Ours, not the paper's.
+- where rewards know their uncertainty, a pair is weighted by 1 / (V + std_a^2 + std_b^2) over the
+  mean of this, V the mean squared reward difference, both over the update's pairs: differences that
+  may be noise count less than others. Ours, not the paper's.
 """
 
 from __future__ import annotations
@@ -199,23 +199,25 @@ class PRDP(TrajectoryAlgorithm):
         clipped = (near - free) * (near + free - 2 * target) > 0
         error = torch.where(clipped, near, free) - target
 
-        weight = self._weight(scores, a, b)
         counted = torch.ones_like(target) if self.ties == "keep" else (target != 0).to(target)
+        weight = self._weight(scores, a, b, counted)
         _, group = groups.unique(return_inverse=True)
         none = torch.zeros(int(group.max()) + 1).to(target)
         total = none.index_add(0, group[a], counted * weight * error**2)
         count = none.index_add(0, group[a], counted)
         return self.scale * (total / count.clamp(min=1)).mean()
 
-    def _weight(self, scores: Scores, a: Tensor, b: Tensor) -> Tensor:
-        """V / (V + std_a^2 + std_b^2) of each pair; 1 where nothing is uncertain."""
-        value = scores.value.double()
-        one = torch.ones_like(value[a])
+    def _weight(self, scores: Scores, a: Tensor, b: Tensor, counted: Tensor) -> Tensor:
+        """V / (V + std_a^2 + std_b^2) of each pair over its mean; 1 where nothing is uncertain."""
+        one = torch.ones_like(counted)
         if scores.std is None or not self.weigh_uncertainty:
             return one
-        noise = scores.std.double()[a] ** 2 + scores.std.double()[b] ** 2
+        value, std = scores.value.detach().double(), scores.std.detach().double()
+        noise = std[a] ** 2 + std[b] ** 2
         signal = _differences(value, a, b).square().mean()
-        return torch.where(noise > 0, signal / (signal + noise), one)
+        weight = torch.where(noise > 0, signal / (signal + noise), one)
+        mean = (weight * counted).sum() / counted.sum()
+        return torch.where(mean > 0, weight / mean, one)
 
     def diagnostics(
         self,

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffreward.algorithms.base import PathwiseAlgorithm, take_generators, uniform
+from diffreward.algorithms.base import PathwiseAlgorithm, require_kappa, take_generators, uniform
 from diffreward.policy import Condition, Generators, Policy
 from diffreward.rewards import Scores
 from diffreward.samples import Samples
@@ -45,6 +45,8 @@ class ReFL(PathwiseAlgorithm):
             is -weight * reward without end.
         start: the first step that may be differentiated, as a fraction of the chain.
         end: the fraction of the chain before which the last one lies.
+        kappa: what is climbed is the reward minus kappa times its std, with the gradient of both;
+            above 0, rewards without a std are refused.
 
     Raises:
         ValueError: a value out of range.
@@ -54,10 +56,12 @@ class ReFL(PathwiseAlgorithm):
     margin: float | None = 2.0
     start: float = 0.75
     end: float = 1.0
+    kappa: float = 0.0
 
     presets: ClassVar = {"paper": {"weight": 1e-3, "margin": 2.0, "start": 0.75, "end": 1.0}}
 
     def __post_init__(self) -> None:
+        require_kappa(self)
         if not 0 < self.weight < math.inf:
             raise ValueError(f"weight must be positive and finite, but {self.weight} came")
         if self.margin is not None and not math.isfinite(self.margin):

@@ -10,6 +10,9 @@ free!* (ICLR workshop), known as RLOO. With B samples of a prompt:
 Its expected gradient is -grad E[r], without bias and without scale. There is no ratio and no
 clipping, so that a rollout is good for one update. Nothing holds the model at the pretrained one:
 E[r] of an unbounded reward has no maximiser.
+
+With ``uncertainty`` the advantages are weighted as in `diffreward.algorithms.grpo`; the expected
+gradient is then no longer that of E[r].
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ from torch import Tensor
 from diffreward.algorithms.base import (
     History,
     TrajectoryAlgorithm,
+    certainty,
     finite_rewards,
     leave_one_out,
     ratio_diagnostics,
+    require_tau,
 )
 from diffreward.rewards import Scores
 
@@ -37,9 +42,18 @@ class REINFORCE(TrajectoryAlgorithm):
 
     Args:
         shared_noise: the samples of a prompt start from the same noise.
+        uncertainty: tau, in units of the reward: the std at which a sample counts half as much as a
+            certain one; null: all count alike.
+
+    Raises:
+        ValueError: a value out of range.
     """
 
     shared_noise: bool = False
+    uncertainty: float | None = None
+
+    def __post_init__(self) -> None:
+        require_tau(self)
 
     def credit(
         self, scores: Scores, groups: Int[Tensor, " b"], prompts: Sequence[str], history: History
@@ -49,8 +63,8 @@ class REINFORCE(TrajectoryAlgorithm):
         Raises:
             ValueError: a prompt with one sample, or a reward that is not finite.
         """
-        value = finite_rewards(scores, "REINFORCE")
-        return Scores(leave_one_out(value, groups), None, scores.parts)
+        advantage = leave_one_out(finite_rewards(scores, "REINFORCE"), groups)
+        return Scores(advantage * certainty(scores, self.uncertainty), None, scores.parts)
 
     def loss(
         self,

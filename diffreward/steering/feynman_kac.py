@@ -20,6 +20,15 @@ then draw x[i+1]. The potential never lags a step, and no network call is added.
 weight takes lambda r(x[T]) in place of lambda_i S_i, so that whatever the potential, the product
 is exp(lambda r) of the returned sample.
 
+Rewards that know their standard deviation s may be followed with caution (``uncertainty``; ours):
+
+terminal       r - kappa s in place of r throughout: the target is p exp(lambda (r - kappa s)) / Z
+intermediate   on the way r + (1 - w) (mean - r), w = V / (V + s^2), mean and variance V those of
+               the prompt's particles at that step; at the end r. Selection waits for predictions
+               that can be judged. The target is unchanged, for every potential and every K: a
+               weight is the ratio of two totals, the last total has no s in it, and the others
+               may depend on all that was drawn before, other particles included.
+
 Differences from the authors' code, which has each of these wrong (closed-form tests in
 ``tests/steering/test_feynman_kac.py``): weights are logarithms, and a skipped resampling keeps
 them; ``max`` and ``sum`` get their terminal correction; the terminal reward is that of the
@@ -30,7 +39,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +48,15 @@ from torch import Tensor
 
 from diffreward import smc
 from diffreward.policy import Policy, sample_generators
-from diffreward.rewards.base import Reward, Scores, evaluate, make_reward, require_gradient
+from diffreward.rewards.base import (
+    Reward,
+    Scores,
+    SetReward,
+    as_reward,
+    evaluate,
+    make_reward,
+    require_gradient,
+)
 from diffreward.samples import Samples
 from diffreward.steering.result import BestOfN, SteeringResult, pick_best, warn_if_collapsed
 from diffreward.steering.walk import (
@@ -76,6 +93,9 @@ TEMPERING: dict[str, Callable[[float], float]] = {
 """Name -> lambda_i / lambda at the fraction of the chain done; "adaptive" is found by bisection."""
 
 
+UNCERTAINTY = ("terminal", "intermediate")
+
+
 @dataclass(frozen=True)
 class FeynmanKac:
     """Hyper-parameters of Feynman-Kac steering; state lives in `Population`.
@@ -95,6 +115,9 @@ class FeynmanKac:
             an int n: every n steps; a sequence of step indices, or of fractions in (0, 1). The end
             is always scored.
         target_ess: for adaptive tempering, as a fraction of k.
+        uncertainty: "terminal" or "intermediate", see the module's text; None: standard deviations
+            are ignored.
+        kappa: of "terminal".
 
     Raises:
         ValueError: an unknown name, or a value out of range.
@@ -107,6 +130,8 @@ class FeynmanKac:
     ess_threshold: float | None = 0.5
     schedule: int | Sequence[int] | Sequence[float] | None = None
     target_ess: float = 0.5
+    uncertainty: str | None = None
+    kappa: float = 1.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.lmbda):
@@ -118,6 +143,13 @@ class FeynmanKac:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is a fraction of k in [0, 1], but {value} came")
+        if self.uncertainty is not None:
+            named(dict.fromkeys(UNCERTAINTY), self.uncertainty, "uncertainty")
+        if not 0 <= self.kappa < math.inf:
+            raise ValueError(
+                "kappa must be 0 or more, and finite (below 0 it would reward uncertainty), but "
+                f"{self.kappa} came"
+            )
 
     def steps(self, num_steps: int) -> list[int]:
         """The scored steps of a chain of ``num_steps``, ascending.
@@ -158,13 +190,20 @@ class Population:
         self.lmbda = torch.zeros(num_prompts, dtype=torch.float64)
         self.lmbdas: list[Tensor] = []
 
-    def select(self, i: int, rewards: Float[Tensor, " n"]) -> Int[Tensor, "P K"] | None:
+    def select(
+        self, i: int, rewards: Float[Tensor, " n"], std: Float[Tensor, " n"] | None = None
+    ) -> Int[Tensor, "P K"] | None:
         """Reweight by the rewards of the clean predictions at step ``i``, maybe resample.
+
+        With ``std`` they are first drawn to their mean, as far as they are uncertain.
 
         Returns:
             The ancestors ``(P, K)``, or None if no prompt was resampled.
         """
-        self.history = torch.cat([self.history, rewards.double().cpu()[:, None]], 1)
+        rewards = rewards.double().cpu()
+        if std is not None:
+            rewards = shrink(*(v.double().cpu().view(-1, self.k) for v in (rewards, std))).view(-1)
+        self.history = torch.cat([self.history, rewards[:, None]], 1)
         functional = named(POTENTIALS, self.fk.potential, "potential", or_function=True)(
             self.history
         )
@@ -258,6 +297,40 @@ class Population:
         return self.state.should_resample(self.fk.ess_threshold) & ~flat
 
 
+def shrink(rewards: Float[Tensor, "P K"], std: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
+    """r + (1 - w) (mean - r), w = V / (V + std^2), mean and unbiased variance V along K.
+
+    Where std is 0 that is r, bit for bit. -inf stays, and counts for nothing.
+    """
+    alive = rewards.isfinite()
+    n = alive.sum(1, keepdim=True)
+    mean = rewards.where(alive, 0.0).sum(1, keepdim=True) / n.clamp(min=1)
+    away = (rewards - mean).where(alive, 0.0)
+    variance = away.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)
+    noise = std.square()
+    lost = torch.where(noise > 0, noise / (variance + noise), 0.0)
+    return rewards - lost * away
+
+
+def _cautious(reward: Reward, kappa: float, uncertainty: str) -> Reward:
+    """The reward minus kappa times its std, which it must have."""
+
+    def lower_bound(samples: Samples) -> Scores:
+        scores = evaluate(reward, samples)
+        if scores.std is None:
+            raise ValueError(
+                f"uncertainty={uncertainty!r} needs a reward that knows its standard deviation, "
+                f"and {reward.info.name!r} gave none; use ensemble or uncertain, or set "
+                "uncertainty to None"
+            )
+        if kappa == 0:
+            return scores
+        value = scores.value - kappa * scores.std
+        return Scores(value, scores.std, {"reward": scores.value, **scores.parts})
+
+    return as_reward(lower_bound, replace(reward.info, range=(-math.inf, reward.info.range[1])))
+
+
 def steer(
     policy: Policy,
     reward: Reward | Callable | str | dict,
@@ -271,6 +344,8 @@ def steer(
     schedule: int | Sequence[int] | Sequence[float] | None = None,
     tempering: str | Callable[[float], float] = "constant",
     target_ess: float = 0.5,
+    uncertainty: str | None = None,
+    kappa: float = 1.0,
     proposal: str = "policy",
     gradient_clip: float | None = None,
     num_x0_samples: int = 1,
@@ -293,8 +368,11 @@ def steer(
             even if its samples could still have become admissible.
         prompts: one or more; for an unconditional model, empty strings.
         num_particles: K, particles per prompt.
-        potential, lmbda, resampling, ess_threshold, schedule, tempering, target_ess: see
-            `FeynmanKac`.
+        potential, lmbda, resampling, ess_threshold, schedule, tempering, target_ess, uncertainty,
+            kappa: see `FeynmanKac`. With ``uncertainty`` the reward must know its standard
+            deviation, else the first step raises. With "terminal", ``result.scores.value`` is what
+            was steered by, r - kappa s, and so is that of ``best_of_n``; r is
+            ``scores.parts["reward"]``.
         proposal: "policy" draws from the model's law; "gradient" moves its mean, at scheduled
             steps, by std^2 * lambda * d reward(law.x0) / d x[i], and corrects the weights by the
             exact p/tau. Needs a differentiable reward and a law with ``shift``. Of tokens it moves
@@ -318,15 +396,21 @@ def steer(
         ValueError: bad arguments, before anything is computed; a reward that is NaN, or of the
             wrong shape or dtype, naming the sample.
     """
-    fk = FeynmanKac(lmbda, potential, tempering, resampling, ess_threshold, schedule, target_ess)
+    fk = FeynmanKac(
+        lmbda, potential, tempering, resampling, ess_threshold, schedule, target_ess,
+        uncertainty, kappa,
+    )  # fmt: skip
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     reward = make_reward(reward)
     check_options(
         reward, num_particles=num_particles, proposal=proposal, gradient_clip=gradient_clip,
-        num_x0_samples=num_x0_samples, max_batch=max_batch, decode_batch=decode_batch,
+        num_x0_samples=num_x0_samples, uncertainty=uncertainty, max_batch=max_batch,
+        decode_batch=decode_batch,
     )  # fmt: skip
     check_policy(policy, prompts, num_particles)
     fk.steps(policy.num_steps)  # a bad schedule is refused before any compute
+    if uncertainty is not None and not isinstance(reward, SetReward):  # which is refused below
+        reward = _cautious(reward, kappa if uncertainty == "terminal" else 0.0, uncertainty)
 
     def run(walk: Walk) -> SteeringResult:
         result = _steered(walk, fk, proposal, gradient_clip, num_x0_samples)
@@ -362,17 +446,17 @@ def _steered(
         gradient = None
         scored = i in population.steps
         if scored and proposal != "policy":
-            law, rewards, gradient = _differentiate(
-                walk, x, i, fk.lmbda, num_x0_samples, many, proposal
+            law, rewards, std, gradient = _differentiate(
+                walk, x, i, fk, num_x0_samples, many, proposal
             )
         else:
             law = policy.step_law(x, i, condition)
             if i == 0:
                 check_law(law, _needs(proposal, num_x0_samples))
             if scored:
-                rewards = walk.score_law(law, fk.lmbda, num_x0_samples, many)
+                rewards, std = _score(walk, law, fk, num_x0_samples, many)
         if scored:
-            ancestors = population.select(i, rewards)
+            ancestors = population.select(i, rewards, std)
             if ancestors is not None:
                 # a particle's condition is its prompt's: it stays in its row
                 law, gradient = smc.gather_particles((law, gradient), ancestors)
@@ -393,8 +477,16 @@ def _steered(
     return population.result(particles, scores)
 
 
-def _differentiate(walk, x, i, lmbda, num, generators, proposal):
-    """The law at x[i], the rewards, and d reward / d x[i]."""
+def _score(walk, law, fk, num, generators):
+    """Rewards of the clean predictions, and their std where it shrinks them."""
+    if fk.uncertainty != "intermediate":
+        return walk.score_law(law, fk.lmbda, num, generators), None
+    scores = evaluate(walk.reward, walk.decode(law.x0))
+    return scores.value, scores.std
+
+
+def _differentiate(walk, x, i, fk, num, generators, proposal):
+    """The law at x[i], the rewards with their std (see `_score`), and d reward / d x[i]."""
     through = proposal == "gradient"  # the network, too
     if through and not x.is_floating_point():
         x = walk.policy.relax(x)  # the law of one-hot vectors is theirs, and has a gradient
@@ -405,10 +497,10 @@ def _differentiate(walk, x, i, lmbda, num, generators, proposal):
     with torch.enable_grad():
         if not through:
             at = law.x0 = law.x0.detach().requires_grad_()
-        rewards = walk.score_law(law, lmbda, num, generators)
+        rewards, std = _score(walk, law, fk, num, generators)
         require_gradient(walk.reward, rewards, **_ask_gradient(proposal))
         (gradient,) = torch.autograd.grad(rewards.sum(), at)
-    rewards = rewards.detach()
+    rewards, std = rewards.detach(), None if std is None else std.detach()
     dead = (rewards == -math.inf).to(at.device).view(-1, *[1] * (at.ndim - 1))
     gradient = gradient.masked_fill(dead, 0.0)  # no direction is better; often it is NaN
     bad = ~gradient.isfinite().flatten(1).all(1)
@@ -420,7 +512,7 @@ def _differentiate(walk, x, i, lmbda, num, generators, proposal):
         )
     if not through:
         law.x0, gradient = at.detach(), law.x0_gradient(gradient)
-    return law, rewards, gradient
+    return law, rewards, std, gradient
 
 
 def _scale(
@@ -459,14 +551,15 @@ def check_options(
     proposal: str = "policy",
     gradient_clip: float | None = None,
     num_x0_samples: int = 1,
+    uncertainty: str | None = None,
     max_batch: int | None = None,
     decode_batch: int | None = None,
 ) -> None:
     """Refuse what `steer` would refuse of these options, without a policy.
 
     Raises:
-        ValueError: a number out of range, an unknown proposal, or a gradient proposal for a reward
-            that declares it has no gradient.
+        ValueError: a number out of range, an unknown proposal, a gradient proposal for a reward
+            that declares it has no gradient, or "intermediate" uncertainty of several draws.
     """
     check_counts(
         num_particles=num_particles, num_x0_samples=num_x0_samples,
@@ -479,4 +572,9 @@ def check_options(
         raise ValueError(
             f"gradient_clip must be positive and finite (None: no clipping), but {gradient_clip} "
             "came"
+        )
+    if uncertainty == "intermediate" and num_x0_samples > 1:
+        raise ValueError(
+            "uncertainty='intermediate' is that of one clean prediction, but num_x0_samples="
+            f"{num_x0_samples} came; use 1, or uncertainty='terminal'"
         )

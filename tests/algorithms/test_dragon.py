@@ -109,6 +109,24 @@ def test_a_bound_drops_pairs_that_may_be_the_other_way_round():
     assert credit(DRAGON(bound=9.0), single(*value)).value.tolist() == [-1, -1, 1, 1, 1, -1]
 
 
+def test_a_bound_for_independent_errors():
+    """Pairs with |dr| <= k sqrt(s_a^2 + s_b^2) are dropped, no others."""
+    value, std = (1.0, 0.0, 6.0, 0.0), [0.3, 3.0, 0.4, 4.0]  # pairs: dr 5 and 0, std 0.5 and 5
+    scores = single(*value, std=std)
+    assert credit(DRAGON(bound=9.9, independent=True), scores).value.tolist() == [-1, 0, 1, 0]
+    # 10 * 0.5 is the difference, which 10 * (0.3 + 0.4) is above
+    for bound, independent in ((10.1, True), (7.2, False)):
+        with pytest.warns(UserWarning, match="nothing is preferred"):
+            assert not credit(DRAGON(bound=bound, independent=independent), scores).value.any()
+    assert credit(DRAGON(bound=7.1), scores).value.tolist() == [-1, 0, 1, 0]
+    rows = single(0.0, 5.0, 2.5, 2.5, std=[0.3, 0.4, 5.0, 5.0])
+    top = {"builder": "top", "bound": 9.9, "share": 0.25}
+    assert credit(DRAGON(**top, independent=True), rows).value.tolist() == [-1, 1, 0, 0]
+    with pytest.warns(UserWarning, match="nothing is preferred"):
+        assert not credit(DRAGON(**top), rows).value.any()
+    assert credit(DRAGON(independent=True), single(1.0, 2.0, std=[9.0, 9.0])).value[1] == 1
+
+
 def test_nothing_is_learnt_from_ties():
     with pytest.warns(UserWarning, match="nothing is preferred in this rollout"):
         scores = credit(DRAGON(), single(1.0, 2.0, 1.0, 2.0))

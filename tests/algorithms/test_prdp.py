@@ -377,39 +377,52 @@ def test_two_groups_give_the_mean_of_their_losses():
 # Uncertainty --------------------------------------------------------------------------------
 
 
-def test_pairs_weigh_by_their_uncertainty():
+@pytest.mark.parametrize("ties", ["keep", "drop"])
+def test_pairs_weigh_by_their_uncertainty(ties):
+    """1 / (V + s_a^2 + s_b^2), divided by its mean over the pairs that count."""
     log_prob, old, ref = matrices(7, 3)
     groups, value, std = torch.tensor([0, 0, 0, 0, 1, 1, 1]), rewards(7), rewards(7, 1).abs()
-    algorithm = PRDP(beta=0.3, clip=0.4, **PLAIN)
+    value[5] = value[4]
+    algorithm = PRDP(beta=0.3, clip=0.4, ties=ties, **PLAIN)
     pairs = [(a, b) for a in range(7) for b in range(a) if groups[a] == groups[b]]
     v = sum((value[a] - value[b]) ** 2 for a, b in pairs) / len(pairs)
+
+    def weight(a, b):
+        return 1 / (v + std[a] ** 2 + std[b] ** 2)
+
+    counted = [p for p in pairs if ties == "keep" or value[p[0]] != value[p[1]]]
+    mean = sum(weight(*p) for p in counted) / len(counted)
     expected = by_hand(
         *(log_prob, old, ref, value, groups),
         beta=0.3,
         clip=0.4,
-        weight=lambda a, b: v / (v + std[a] ** 2 + std[b] ** 2),
+        drop=ties == "drop",
+        weight=lambda a, b: weight(a, b) / mean,
     )
     assert_close(algorithm.loss(log_prob, old, ref, Scores(value, std), groups), expected)
 
 
-def test_certain_rewards_weigh_1_and_hopeless_ones_0():
+def test_uncertainty_that_all_share_changes_nothing_and_hopeless_samples_drop_out():
     log_prob, old, ref = matrices(6, 3)
     groups, value = torch.arange(6) // 3, rewards(6)
     algorithm = PRDP(beta=0.3, clip=0.4, **PLAIN)
     plain = algorithm.loss(log_prob, old, ref, Scores(value), groups)
-    for std, share in ((torch.zeros(6), 1.0), (torch.full((6,), 1e-9), 1.0), (1e9, 0.0)):
-        std = torch.full((6,), std) if isinstance(std, float) else std
-        loss = algorithm.loss(log_prob, old, ref, Scores(value, std.double()), groups)
-        assert_close(loss, share * plain, atol=1e-12, rtol=1e-12)
+    for std in (0.0, 1e-9, 0.7, 1e9, 1e200):
+        scores = Scores(value, torch.full((6,), std, dtype=torch.float64))
+        loss = algorithm.loss(log_prob, old, ref, scores, groups)
+        assert_close(loss, plain, atol=1e-12, rtol=1e-12)
+    tied = Scores(torch.ones(6), torch.ones(6))
+    same = algorithm.loss(log_prob, old, ref, Scores(torch.ones(6)), groups)
+    assert_close(algorithm.loss(log_prob, old, ref, tied, groups), same)
     off = PRDP(beta=0.3, clip=0.4, weigh_uncertainty=False, **PLAIN)
-    loss = off.loss(log_prob, old, ref, Scores(value, torch.ones(6).double()), groups)
-    assert_close(loss, plain)
+    std = rewards(6, 1).abs()
+    assert torch.equal(off.loss(log_prob, old, ref, Scores(value, std), groups), plain)
     # one sample of which nothing is known: as if only the other pair were there
     std = torch.tensor([0, 0, 1e12], dtype=torch.float64)
     rows = [m[:3] for m in (log_prob, old, ref)]
     loss = algorithm.loss(*rows, Scores(value[:3], std), groups[:3])
     pair = algorithm.loss(*(m[:2] for m in rows), Scores(value[:2]), groups[:2])
-    assert_close(loss, pair / 3)
+    assert_close(loss, pair)
 
 
 def test_weights_do_not_depend_on_the_unit_of_the_reward():

@@ -34,9 +34,9 @@ from toys import (
 
 from diffreward.policies.gaussian import GaussianLaw
 from diffreward.policy import Policy, rollout, sample_generators
-from diffreward.rewards.base import RewardInfo, Scores, as_reward
+from diffreward.rewards.base import RewardInfo, Scores, as_reward, make_reward
 from diffreward.smc import RESAMPLERS
-from diffreward.steering.feynman_kac import POTENTIALS, FeynmanKac, steer
+from diffreward.steering.feynman_kac import POTENTIALS, FeynmanKac, shrink, steer
 
 pytestmark = pytest.mark.filterwarnings("ignore:all .* particles descend from one root")
 
@@ -870,6 +870,196 @@ def test_gradient_proposals_need_a_gradient():
     assert policy.calls == 1
 
 
+# Rewards that know their uncertainty --------------------------------------------------------
+
+
+def unsure(samples):
+    """The linear reward, the more uncertain the farther from 1; and another kind of it."""
+    x = samples.data[:, 0]
+    return Scores(x, (x - 1) ** 2 / 2)
+
+
+def unsure_tokens(samples):
+    p = samples.data
+    p = p if p.is_floating_point() else torch.nn.functional.one_hot(p, 3).double()
+    return Scores(token_reward(samples), p[:, 1, 0] + 2 * p[:, 2, 2])
+
+
+@pytest.mark.parametrize("proposal", ["policy", "gradient"])
+@pytest.mark.parametrize("ess_threshold", [None, 0.6])
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_intermediate_uncertainty_leaves_the_target(many, potential, ess_threshold, proposal):
+    lmbda = tilt(potential, 1.0)
+    options = dict(
+        num_particles=6, lmbda=lmbda, potential=potential, ess_threshold=ess_threshold,
+        proposal=proposal, schedule=1,
+    )  # fmt: skip
+    policy, prompts = ARChain(4, 0.8), [""] * 400
+    result = run(policy, unsure, prompts, uncertainty="intermediate", **options)
+    assert_normal(result, lmbda, 1.0, lmbda**2 / 2)
+    plain = run(policy, linear, prompts, **options)
+    assert potential == "none" or not torch.equal(result.ess[0], plain.ess[0])
+
+
+@pytest.mark.parametrize("k", [2, 3, 16])
+@pytest.mark.parametrize("tempering", ["constant", "linear", "adaptive"])
+def test_intermediate_uncertainty_leaves_the_target_whatever_k_and_tempering(many, k, tempering):
+    result = run(
+        ARChain(), unsure, [""] * 600, num_particles=k, lmbda=0.8, schedule=1, ess_threshold=0.8,
+        tempering=tempering, uncertainty="intermediate", kappa=7.0,
+    )  # fmt: skip
+    assert_normal(result, 0.8, 1.0, 0.32)
+
+
+@pytest.mark.parametrize("proposal", ["policy", "gradient"])
+@pytest.mark.parametrize("ess_threshold", [None, 0.6])
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_terminal_uncertainty_tilts_by_the_lower_bound(many, potential, ess_threshold, proposal):
+    """x - kappa (x - 1)^2 / 2 tilts N(0, 1) to N((l + l kappa) / p, 1 / p), p = 1 + l kappa."""
+    lmbda, kappa = tilt(potential, 1.0), 0.8
+    result = run(
+        ARChain(4, 0.8), unsure, [""] * 400, num_particles=6, lmbda=lmbda, potential=potential,
+        ess_threshold=ess_threshold, proposal=proposal, schedule=1, uncertainty="terminal",
+        kappa=kappa,
+    )  # fmt: skip
+    p, b = 1 + lmbda * kappa, lmbda + lmbda * kappa
+    assert_normal(result, b / p, 1 / p, (b**2 / p - math.log(p) - lmbda * kappa) / 2)
+
+
+@pytest.mark.parametrize("kappa", [None, 0.0, 0.7])
+def test_enumerable_chain_with_uncertainty(many, kappa):
+    """Against the enumerated law: of r with "intermediate" (None), else of r - kappa s."""
+
+    def target(samples):
+        scores = unsure_tokens(samples)
+        return scores.value - (kappa or 0.0) * scores.std
+
+    mode = {"uncertainty": "intermediate"} if kappa is None else {"uncertainty": "terminal"}
+    mode["kappa"] = kappa or 0.0
+    policy = MaskedChain()
+    states, log_z, law = tilted(policy, target, 0.8)
+    for potential in ("difference", "running_max"):
+        result = run(
+            policy, unsure_tokens, [""] * 1000, num_particles=4, lmbda=0.8, schedule=1,
+            potential=potential, ess_threshold=0.7, **mode,
+        )  # fmt: skip
+        assert_unbiased(result, torch.ones(4000), 1.0, log_z)
+        common = law > 0.02  # the other cells are hit too rarely for normal errors
+        assert common.sum() >= 5
+        for state, share in zip(states[common], law[common], strict=True):
+            here = (result.particles.data == state).all(1).double()
+            assert_unbiased(result, here, share, log_z)
+
+
+@pytest.mark.parametrize("proposal", ["policy", "gradient"])
+@pytest.mark.parametrize("options", [{"uncertainty": "intermediate"}, {"uncertainty": "terminal"}])
+def test_certain_rewards_are_steered_by_as_ever(options, proposal):
+    def certain(samples):
+        return Scores(linear(samples), torch.zeros(len(samples)))
+
+    shared = dict(num_particles=5, schedule=1, proposal=proposal, lmbda=1.0, best_of_n=True)
+    identical = make_reward({"uncertain": {"reward": [as_reward(linear)] * 3}})
+    for plain, reward in ((linear, certain), (identical, identical)):
+        expected = run(ARChain(), plain, ["", "0.5"], ess_threshold=None, **shared)
+        result = run(ARChain(), reward, ["", "0.5"], ess_threshold=None, **shared, **options)
+        assert_same_result(result, expected)
+        assert torch.equal(result.best_of_n.scores.value, expected.best_of_n.scores.value)
+    assert (result.ancestors != torch.arange(5)).any()
+    off = run(ARChain(), unsure, [""], **shared)  # nobody asked
+    assert_same_result(off, run(ARChain(), linear, [""], **shared))
+
+
+@pytest.mark.parametrize("schedule", [[3], [0]])
+@pytest.mark.parametrize("mode", ["intermediate", "terminal"])
+def test_a_reward_without_a_std_is_found_at_the_first_step(mode, schedule):
+    policy = ARChain()
+    with pytest.raises(ValueError, match=f"uncertainty='{mode}' needs.*'linear' gave none"):
+        run(policy, linear, ["", "1"], schedule=schedule, uncertainty=mode)
+    assert policy.calls == 1
+
+
+def test_scores_of_a_lower_bound():
+    result = run(ARChain(), unsure, ["0", "2"], uncertainty="terminal", kappa=2.0, best_of_n=True)
+    for found in (result, result.best_of_n):
+        x = found.particles.data[:, 0].float()
+        torch.testing.assert_close(found.scores.parts["reward"], x)
+        torch.testing.assert_close(found.scores.std, (x - 1) ** 2 / 2)
+        torch.testing.assert_close(found.scores.value, x - (x - 1) ** 2)
+        assert torch.equal(found.best, found.scores.value.view(2, 4).argmax(1))
+
+
+@pytest.mark.parametrize("proposal", ["policy", "gradient"])
+def test_terminal_uncertainty_is_the_lower_bound_as_a_reward(proposal):
+    """Its gradient is of both."""
+
+    def bound(samples):
+        scores = unsure(samples)
+        return scores.value.float() - 0.8 * scores.std.float()
+
+    shared = dict(num_particles=5, lmbda=1.0, schedule=1, proposal=proposal)
+    found = run(ARChain(), unsure, ["", "1"], uncertainty="terminal", kappa=0.8, **shared)
+    assert_same_result(found, run(ARChain(), bound, ["", "1"], **shared))
+
+
+def test_several_draws_of_a_lower_bound(many):
+    """Lambda stays inside the mean."""
+    result = run(
+        ARChain(4, 0.8), unsure, [""] * 400, lmbda=1.0, schedule=1, num_x0_samples=3,
+        uncertainty="terminal", kappa=0.8, ess_threshold=0.6,
+    )  # fmt: skip
+    assert_normal(result, 1.0, 1 / 1.8, (1.8 - math.log(1.8) - 0.8) / 2)
+
+
+def test_shrunk_rewards():
+    r = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 0.0], [5.0, -math.inf, 7.0]]).double()
+    s = torch.tensor([[0.0, math.sqrt(7), 1e9], [1.0, 0.0, 2.0], [math.sqrt(2), 0.0, 0.0]]).double()
+    found = shrink(r, s)
+    # means 3, 0 and 6, variances 7, 0 and 2
+    expected = torch.tensor([[1.0, 2.5, 3.0], [0.0, 0.0, 0.0], [5.5, -math.inf, 7.0]]).double()
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found[s == 0], r[s == 0])
+    torch.testing.assert_close(shrink(1000 - 3 * r[:2], 3 * s[:2]), 1000 - 3 * found[:2])
+    alone, dead = r[:, :1], torch.full((1, 3), -math.inf, dtype=torch.float64)
+    assert torch.equal(shrink(alone, s[:, 1:2]), alone)
+    assert torch.equal(shrink(dead, s[1:2]), dead)
+    # between the reward and the mean, and nearer to it with more std
+    last = r[:1]
+    for scale in (0.1, 1.0, 10.0):
+        now = shrink(r[:1], torch.full((1, 3), scale).double())
+        assert ((now - 3).abs() < (last - 3).abs()).all() and ((now - 3) * (r[:1] - 3) > 0).all()
+        last = now
+
+
+def test_uncertainty_of_one_prompt_does_not_reach_another():
+    options = dict(schedule=1, uncertainty="intermediate", lmbda=1.0, num_particles=5)
+    together = run(ARChain(), unsure, ["0", "40", "-3"], **options)
+    alone = run(ARChain(), unsure, ["0"], **options)
+    assert_same_result(together, alone, rows=[0])
+
+
+def test_hard_constraint_with_uncertainty(many):
+    """As without: -inf counts for nothing in the mean, and does not make the others -inf."""
+
+    def reward(samples):
+        p = samples.data
+        p = p if p.is_floating_point() else torch.nn.functional.one_hot(p, 3).double()
+        return Scores((1 - p[:, 0, 1]).clamp(min=0).log(), (p[:, 0, 1] < 1) * p[:, 1, 0])
+
+    policy = MaskedChain()
+    states, probs = policy.enumerate()
+    ok = states[:, 0] != 1
+    conditional, log_z = probs * ok / probs[ok].sum(), probs[ok].sum().log()
+    result = run(
+        policy, reward, [""] * 600, num_particles=4, lmbda=1.0, schedule=1, ess_threshold=0.7,
+        uncertainty="intermediate",
+    )  # fmt: skip
+    tokens = result.particles.data
+    assert_unbiased(result, torch.ones(len(tokens)), 1.0, log_z)
+    for position, value in ((0, 0), (1, 0), (2, 2)):
+        share = conditional[states[:, position] == value].sum()
+        assert_unbiased(result, (tokens[:, position] == value).double(), share, log_z)
+
+
 # User-defined parts -------------------------------------------------------------------------
 
 
@@ -964,6 +1154,10 @@ def test_inputs_reach_encode():
         ({"schedule": [0.5, 2]}, r"schedule.*0\.5"),
         ({"schedule": [math.nan]}, r"schedule.*nan"),
         ({"num_x0_samples": 0}, r"num_x0_samples.*0"),
+        ({"uncertainty": "terminol"}, r"unknown uncertainty.*did you mean 'terminal'"),
+        ({"uncertainty": "terminal", "kappa": -0.1}, r"kappa.*reward uncertainty.*-0\.1"),
+        ({"kappa": math.nan}, r"kappa.*nan"),
+        ({"uncertainty": "intermediate", "num_x0_samples": 3}, r"one clean prediction.*=3 came"),
         ({"max_batch": 0}, r"max_batch.*0"),
         ({"decode_batch": -1}, r"decode_batch.*-1"),
         ({"gradient_clip": 0.0}, r"gradient_clip.*0"),
