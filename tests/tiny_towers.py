@@ -150,4 +150,6 @@ def conformance_samples() -> Samples:
     shown = [render(parse(prompt), rng) for prompt in (prompts[0], prompts[2])]
     unrelated = photos(2, 64, 64)
     pixels = np.stack([shown[0], unrelated[0], shown[1], unrelated[1]])
-    return to_samples(pixels, prompts)
+    samples = to_samples(pixels, prompts)
+    samples.context["control"] = samples.data[[2, 0, 0, 2]]
+    return samples

@@ -3,6 +3,8 @@
 from diffreward.rewards import (  # noqa: F401  (they enter rewards and encoders in their registries)
     audio,
     combine,
+    control,
+    control_metrics,
     distribution,
     image,
     image_encoders,

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,7 @@ def uncertain(
         names = _augmentations(augmentations, base.info)
         opinions, count = functools.partial(_augmented, base, names), 1 + len(names)
     elif source == "dropout":
-        layers = _dropout_layers(base, num_passes)
+        layers = dropout_layers(base, f"reward {base.info.name!r}", num_passes)
         opinions = functools.partial(_dropped, base, layers, num_passes, seed)
         count = num_passes
     else:
@@ -242,25 +243,35 @@ def _augmented(reward: Reward, names: Sequence[str], samples: Samples) -> Opinio
 # --------------------------------------------------------------------------------------------
 
 
-def _dropout_layers(reward: Reward, num_passes: int) -> list[nn.Module]:
+def dropout_layers(holder: Any, who: str, num_passes: int) -> list[nn.Module]:
+    """The dropout layers of the networks that something holds.
+
+    Args:
+        holder: see `networks_in`.
+        who: what messages call it.
+        num_passes: how often they will be on.
+
+    Raises:
+        ValueError: there is none with p above 0, or fewer than two passes.
+    """
     if num_passes < 2:
         raise ValueError(f"num_passes must be 2 or more to have a spread, but {num_passes} came")
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
     layers: dict[nn.Module, None] = {}  # a network may be found twice
-    for network in _networks(reward):
+    for network in networks_in(holder):
         layers.update(dict.fromkeys(m for m in network.modules() if isinstance(m, kinds)))
     found = [layer for layer in layers if 0 < layer.p < 1]
     if not found:
         raise ValueError(
-            f"reward {reward.info.name!r} has no dropout layer with p above 0 that could be "
-            "turned on; use source='tta' or 'members'"
+            f"{who} has no dropout layer with p above 0 that could be turned on; use "
+            "source='tta' or 'members'"
         )
     return found
 
 
-def _networks(reward: Reward) -> list[nn.Module]:
-    """The modules which a reward holds, in its attributes and what its functions close over."""
-    networks, seen, todo = [], set(), [reward]
+def networks_in(holder: Any) -> list[nn.Module]:
+    """The modules which something holds, in its attributes and what its functions close over."""
+    networks, seen, todo = [], set(), [holder]
     while todo:
         thing = todo.pop()
         if id(thing) in seen or isinstance(thing, Tensor | type | str | bytes):
@@ -295,7 +306,7 @@ def _dropped(
     for i in range(len(samples)):
         # Without dropout first: what the reward remembers of a prompt must not have it.
         plain.append(_evaluate_copies(reward, samples, i, 1))
-        with _dropout_on(layers, torch.Generator().manual_seed(seed)):
+        with dropout_on(layers, torch.Generator().manual_seed(seed)):
             passes.append(_evaluate_copies(reward, samples, i, num_passes))
     opinions = {
         f"pass {k + 1}": Scores.cat([copies.take([k]) for copies in passes])
@@ -312,11 +323,19 @@ def _evaluate_copies(reward: Reward, samples: Samples, i: int, copies: int) -> S
 
 
 @contextmanager
-def _dropout_on(layers: list[nn.Module], generator: torch.Generator) -> Iterator[None]:
-    """Dropout by hooks: the networks stay in eval mode, and no global random state is touched."""
+def dropout_on(
+    layers: list[nn.Module], generator: torch.Generator, shared: bool = False
+) -> Iterator[None]:
+    """Dropout by hooks: the networks stay in eval mode, and no global random state is touched.
+
+    Args:
+        layers: see `dropout_layers`.
+        generator: of the masks, on the CPU.
+        shared: all rows of a batch have the same mask.
+    """
 
     def drop(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        shape = output.shape
+        shape = (1, *output.shape[1:]) if shared else output.shape
         if not isinstance(layer, nn.Dropout):  # whole channels
             shape = (*shape[:2], *(1 for _ in shape[2:]))
         # drawn on the CPU, so that the masks are the same on every device
