@@ -147,6 +147,7 @@ def finetune(argv: Sequence[str]) -> int:
 
     from diffreward import finetuning
     from diffreward.algorithms import make_algorithm
+    from diffreward.controlled import read_controlled
     from diffreward.files import run_folder
     from diffreward.policies import load_policy
     from diffreward.preferences import read_preferences
@@ -162,15 +163,17 @@ def finetune(argv: Sequence[str]) -> int:
             algorithm.check(reward)
             training, preferences = config.training, None
             if config.preferences is not None:
-                source = config.preferences
-                source = {"path": source} if isinstance(source, str) else source
-                preferences = read_preferences(**source)
+                preferences = _read(read_preferences, "preferences", config.preferences)
                 prompts, size = preferences.prompts_and_size()
                 training = replace(training, samples_per_prompt=size)
+            data = _read(read_controlled, "data", config.data)
+            eval_data = _read(read_controlled, "eval_data", config.eval_data)
+            if data is not None:
+                prompts = data.prompts
             finetuning.check_run(
                 algorithm, training, len(prompts), processes.num_processes,
                 output=config.output, resume=config.resume, hub=config.push_to_hub,
-                preferences=preferences,
+                preferences=preferences, data=data,
             )  # fmt: skip
             if config.reward in config.judges:
                 say(f"{reward.info.name} is trained on, so it is left out of the judges")
@@ -178,8 +181,9 @@ def finetune(argv: Sequence[str]) -> int:
             say(f"loading {config.model.spec}")
             policy = load_policy(config.model.spec, **config.model.arguments())
             engine = finetuning.Engine(
-                policy, reward, algorithm, prompts, training, preferences=preferences,
-                judges=judges, eval_prompts=eval_prompts, output=folder, resume=config.resume,
+                policy, reward, algorithm, prompts, training, preferences=preferences, data=data,
+                judges=judges, eval_prompts=eval_prompts, eval_data=eval_data, output=folder,
+                resume=config.resume,
                 config=asdict(replace(config, prompts=given, output=None, resume=None)),
                 hub=config.push_to_hub,
             )  # fmt: skip
@@ -197,6 +201,22 @@ def finetune(argv: Sequence[str]) -> int:
     shown = sorted(Path(folder).glob("before_after.*")) or [Path(folder, "samples")]
     print(f"{result.summary()}\nsee {shown[0]} and README.md beside it")
     return 0
+
+
+def _read(reader: Callable, option: str, source: str | dict | None):
+    """A data set: None, the reader's first argument, or a mapping of its arguments."""
+    if source is None:
+        return None
+    known = list(inspect.signature(reader).parameters)
+    arguments = {known[0]: source} if isinstance(source, str) else source
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
+            raise UsageError(f"{option} has no entry {name!r}; {hint}")
+    if known[0] not in arguments:
+        raise UsageError(f"{option} needs the entry {known[0]!r}, but {arguments} came")
+    return reader(**arguments)
 
 
 # --------------------------------------------------------------------------------------------

@@ -64,6 +64,11 @@ class ModelConfig:
         dtype: of the networks; null: bfloat16 on CUDA, else float32.
         device: cpu, cuda, cuda:1, mps, ...; null: CUDA if there is one.
         lora: folder or hub id of a LoRA for it, such as the final/ of a finetuning run.
+        controlnet: folder or hub id of a ControlNet, "embedded:" and its name, or new: one to be
+            trained; the model then takes control images.
+        adapter: the same with a T2I-Adapter.
+        control_scale: what the ControlNet or adapter adds is multiplied by it.
+        train: what finetuning trains: control, which is the ControlNet or adapter, or base.
         options: of models of sequences, in place of those above from kernel to seconds: length,
             structure, design, omit, temperature, schedule, relaxation, tau, ...
     """
@@ -81,6 +86,10 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = None
     lora: str | None = None
+    controlnet: str | None = None
+    adapter: str | None = None
+    control_scale: float = 1.0
+    train: Literal["control", "base"] = "control"
     options: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
@@ -174,14 +183,19 @@ class FinetuneConfig:
     Args:
         model: the model.
         reward: what is learnt: a name from `diffreward rewards`, or {name: ..., option: ...}.
-        algorithm: prdp, ddpo, grpo, dpok, reinforce, refl, draft, alignprop, drakes, raft, dpo, kto
-            or dragon; or {name: ..., preset: ..., option: ...}.
+        algorithm: prdp, ddpo, grpo, dpok, reinforce, refl, draft, alignprop, drakes, raft, dpo,
+            kto, dragon or ctrl_u; or {name: ..., preset: ..., option: ...}.
         prompts: a prompt, a list of them, or a file: .txt with one per line, .jsonl with a
             "prompt" per line; "embedded:prompts/scenes.jsonl" is one of the package's own.
         preferences: for dpo and kto: a data set of them (.jsonl, .parquet) to learn from in place
             of own samples, with its own prompts; {path: ..., modality: dna} if it has no images.
+        data: captioned pictures in place of prompts, for ctrl_u and for models with control images:
+            a manifest (.jsonl, .parquet), a folder with metadata.jsonl, or embedded:scenes; or
+            {source: ..., control: what reads control images off the pictures, first: ..., count:
+            ...}.
         judges: held-out rewards, which only report.
         eval_prompts: as prompts, for evaluations; null: the first of prompts.
+        eval_data: as data, for evaluations; null: the first of data.
         training: the options of training.
         output: folder for the results, which must not exist; null: a new one under runs/.
         resume: latest, or a checkpoint's number or path: go on with the run in output.
@@ -197,10 +211,12 @@ class FinetuneConfig:
     )
     prompts: str | list[str] = field(default_factory=lambda: list(PROMPTS))
     preferences: str | dict[str, str] | None = None
+    data: str | dict[str, Any] | None = None
     judges: list[str | dict[str, Any]] = field(
         default_factory=lambda: ["clip_judge", "shapes_checker"]
     )
     eval_prompts: str | list[str] | None = None
+    eval_data: str | dict[str, Any] | None = None
     training: Training = field(
         default_factory=lambda: Training(
             iterations=24,

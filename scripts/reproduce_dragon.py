@@ -196,15 +196,15 @@ class Sizes:
     iterations: int
     num_draws: int = 4
     learning_rate: float = 3e-3
-    eval_samples: int = 32
-    subsets: int = 200
+    eval_samples: int = 24
+    subsets: int = 100
     rated: int = 64
 
 
-# a run on images is about 4 minutes on a core, one on DNA 2
+# a run on images is about 3 minutes on a core, one on DNA 1
 FULL = {
-    "image": Sizes(num_steps=10, prompts=6, samples=16, iterations=12),
-    "dna": Sizes(num_steps=16, prompts=6, samples=8, iterations=16, learning_rate=1e-4),
+    "image": Sizes(num_steps=10, prompts=6, samples=16, iterations=8, num_draws=2),
+    "dna": Sizes(num_steps=16, prompts=6, samples=8, iterations=12, learning_rate=1e-4),
 }
 _TINY = dict(prompts=2, samples=4, iterations=1, num_draws=1, eval_samples=4, subsets=10, rated=8)
 TINY = {"image": Sizes(num_steps=2, **_TINY), "dna": Sizes(num_steps=3, **_TINY)}

@@ -12,16 +12,24 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     MotionAdapter,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
+    T2IAdapter,
     UNet2DConditionModel,
     UNet2DModel,
     WanPipeline,
@@ -87,12 +95,14 @@ def vae(channels=4, **config):
 
 
 def unet(**config):
-    config = {"cross_attention_dim": 16, "attention_head_dim": 2, **config}
+    config = {
+        "cross_attention_dim": 16, "attention_head_dim": 2, "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), **config,
+    }  # fmt: skip
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **config,
-    ).eval()  # fmt: skip
+        sample_size=8, norm_num_groups=4, layers_per_block=1, **config
+    ).eval()
 
 
 @seeded
@@ -183,13 +193,98 @@ def wan_parts():
 
 @seeded
 def controlnet_part():
-    controlnet = ControlNetModel.from_unet(
-        sd_parts()["unet"], conditioning_embedding_out_channels=(8, 8)
+    return awake(
+        ControlNetModel.from_unet(sd_parts()["unet"], conditioning_embedding_out_channels=(8, 8))
     )
-    for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
-        torch.nn.init.normal_(block.weight, std=0.1)  # born zero, it would control nothing
-    torch.nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.5)
-    return controlnet.eval()
+
+
+@seeded
+def sdxl_controlnet_part():
+    return awake(
+        ControlNetModel.from_unet(sdxl_parts()["unet"], conditioning_embedding_out_channels=(8, 8))
+    )
+
+
+SD3 = {"sample_size": 8, "patch_size": 1, "in_channels": 4, "attention_head_dim": 8,
+       "num_attention_heads": 2, "caption_projection_dim": 16, "joint_attention_dim": 32,
+       "pooled_projection_dim": 32, "out_channels": 4}  # fmt: skip
+
+
+@seeded
+def sd3_control_parts():
+    """Of four layers, for two of the ControlNet, which does not reach the last."""
+    return {
+        "transformer": SD3Transformer2DModel(num_layers=4, **SD3).eval(),
+        "controlnet": sd3_controlnet(),
+    }
+
+
+def sd3_controlnet(**config):
+    config = {"num_layers": 2, "force_zeros_for_pooled_projection": False, **config}
+    return awake(SD3ControlNetModel(**{**SD3, **config}))
+
+
+FLUX = {"in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 32, "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8),
+        "num_layers": 1, "num_single_layers": 1}  # fmt: skip
+
+
+@seeded
+def flux_controlnet_part():
+    return awake(FluxControlNetModel(patch_size=1, **FLUX))
+
+
+@seeded
+def flux_hint_parts():
+    """A ControlNet of pixels, 8 x 8 per latent (of 2 x 2 patches), and three blocks for its two."""
+    controlnet = awake(
+        FluxControlNetModel(
+            **{**FLUX, "num_layers": 2}, patch_size=2, conditioning_embedding_channels=4
+        )
+    )
+    # the others blur
+    torch.nn.init.normal_(controlnet.input_hint_block.conv_out.weight, std=50.0)
+    transformer = FluxTransformer2DModel(**{**FLUX, "num_layers": 3}, patch_size=1).eval()
+    return {"controlnet": controlnet, "transformer": transformer}
+
+
+@seeded
+def vae_of_8():
+    return AutoencoderKL(
+        block_out_channels=(4,) * 4, norm_num_groups=4, latent_channels=4, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        shift_factor=0.06,
+    ).eval()  # fmt: skip
+
+
+@seeded
+def crossed_unet_part():
+    """A UNet with attention in its first block, as Stable Diffusion's, which adapters need."""
+    return unet(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+@seeded
+def adapter_part():
+    return T2IAdapter(channels=[8, 16], num_res_blocks=1, downscale_factor=2).eval()
+
+
+@seeded
+def sdxl_adapter_part():
+    """For a UNet whose first block is a plain one."""
+    return T2IAdapter(
+        channels=[8, 16], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter_xl"
+    ).eval()
+
+
+def awake(network):
+    """A ControlNet whose last layers, born zero, let something through."""
+    for name, p in network.named_parameters():
+        if not p.any() and p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.1 if "embed" not in name else 0.5)
+    return network.eval()
 
 
 @seeded
@@ -237,18 +332,43 @@ def controlnet(scheduler=DDIM):
     return sd(scheduler, StableDiffusionControlNetPipeline, controlnet=controlnet_part())
 
 
-def sdxl(scheduler=DDIM):
-    return quiet(
-        StableDiffusionXLPipeline(**sdxl_parts(), scheduler=fresh(scheduler), add_watermarker=False)
-    )
+def sdxl(scheduler=DDIM, cls=StableDiffusionXLPipeline, **parts):
+    if cls is not StableDiffusionXLAdapterPipeline:  # which has no such option
+        parts["add_watermarker"] = False
+    return quiet(cls(**sdxl_parts(), **parts, scheduler=fresh(scheduler)))
 
 
-def sd3(scheduler=FLOW):
-    return quiet(StableDiffusion3Pipeline(**sd3_parts(), scheduler=fresh(scheduler)))
+def sd3(scheduler=FLOW, cls=StableDiffusion3Pipeline, **parts):
+    return quiet(cls(**{**sd3_parts(), **parts}, scheduler=fresh(scheduler)))
 
 
-def flux(scheduler=FLOW):
-    return quiet(FluxPipeline(**flux_parts(), scheduler=fresh(scheduler)))
+def flux(scheduler=FLOW, cls=FluxPipeline, **parts):
+    return quiet(cls(**{**flux_parts(), **parts}, scheduler=fresh(scheduler)))
+
+
+def sdxl_controlnet(scheduler=DDIM):
+    return sdxl(scheduler, StableDiffusionXLControlNetPipeline, controlnet=sdxl_controlnet_part())
+
+
+def sd3_control(scheduler=FLOW):
+    return sd3(scheduler, StableDiffusion3ControlNetPipeline, **sd3_control_parts())
+
+
+def flux_control(scheduler=FLOW):
+    return flux(scheduler, FluxControlNetPipeline, controlnet=flux_controlnet_part())
+
+
+def flux_hint(scheduler=FLOW):
+    return flux(scheduler, FluxControlNetPipeline, **flux_hint_parts(), vae=vae_of_8())
+
+
+def adapter(scheduler=DDIM, cls=StableDiffusionAdapterPipeline, **parts):
+    parts = {**sd_parts(), "unet": crossed_unet_part(), "adapter": adapter_part(), **parts}
+    return quiet(cls(**parts, **SD_EXTRAS, scheduler=fresh(scheduler)))
+
+
+def sdxl_adapter(scheduler=DDIM):
+    return sdxl(scheduler, StableDiffusionXLAdapterPipeline, adapter=sdxl_adapter_part())
 
 
 def animate(scheduler=DDIM):

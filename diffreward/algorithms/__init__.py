@@ -31,6 +31,7 @@ ALGORITHMS = {
     "dpo": "dpo:DPO",
     "kto": "dpo:KTO",
     "dragon": "dragon:DRAGON",
+    "ctrl_u": "ctrl_u:CtrlU",
 }
 """Name -> module and class; modules are imported when one is built."""
 

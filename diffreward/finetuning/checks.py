@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffreward.algorithms import Algorithm
+from diffreward.controlled import ControlledImages
 from diffreward.finetuning.batches import Batches
 from diffreward.finetuning.checkpoint import find_checkpoint
 from diffreward.finetuning.options import Training
@@ -20,7 +21,8 @@ from diffreward.finetuning.record import check_hub, check_loggers
 from diffreward.finetuning.sharding import local
 from diffreward.finetuning.team import Team
 from diffreward.preferences import Preferences
-from diffreward.rewards import Scores
+from diffreward.rewards import Reward, Scores, evaluate
+from diffreward.samples import Samples
 
 
 def with_options(training: Training, options: Mapping[str, Any]) -> Training:
@@ -70,6 +72,7 @@ def check_run(
     resume: str | Path | int | None = None,
     hub: str | None = None,
     preferences: Preferences | None = None,
+    data: ControlledImages | None = None,
 ) -> tuple[Batches, Path | None]:
     """Refuse what can be refused without the model.
 
@@ -78,13 +81,16 @@ def check_run(
 
     Raises:
         ValueError: bad options; a logger that is missing; a hub that cannot be reached;
-            preferences that the algorithm cannot learn from.
+            preferences that the algorithm cannot learn from; no pictures for one that needs them.
         FileNotFoundError: no such checkpoint.
         FileExistsError: the output holds another run.
     """
     check_options(training)
     if preferences is not None:
         check_preferences(preferences, algorithm)
+        if data is not None:
+            raise ValueError("a run learns from preferences or from data; give one of the two")
+    check_data(data, algorithm)
     batches = Batches(
         training.prompts_per_update, training.samples_per_prompt, algorithm.minibatches,
         processes, training.max_batch, num_prompts,
@@ -119,6 +125,58 @@ def check_preferences(preferences: Preferences, algorithm: Algorithm) -> None:
         raise ValueError(
             f"{type(algorithm).__name__} compares two samples of a prompt, and {preferences.path} "
             "has single ones with labels; use kto"
+        )
+
+
+def check_data(data: ControlledImages | None, algorithm: Algorithm, policy: Any = None) -> None:
+    """Refuse an algorithm without the pictures it learns from, or a policy that cannot encode them.
+
+    Raises:
+        ValueError: saying what is missing.
+    """
+    if not getattr(algorithm, "needs_data", False):
+        return
+    name = type(algorithm).__name__
+    if data is None:
+        raise ValueError(f"{name} learns from pictures; give data (a manifest, or embedded:scenes)")
+    for method in ("encode_samples", "denoise") if policy is not None else ():
+        if not hasattr(policy, method):
+            raise ValueError(
+                f"{name} predicts noised pictures, and {type(policy).__name__} has no {method}"
+            )
+
+
+def check_image_gradient(reward: Reward, samples: Samples) -> None:
+    """The reward of pictures has a gradient with respect to them, which is not 0 everywhere.
+
+    Args:
+        reward: to be climbed by its gradient.
+        samples: a few pictures; a little noise is added, since a picture that keeps its condition
+            exactly may be the maximum.
+
+    Raises:
+        ValueError: it has none, as after a cast to whole numbers or under no_grad, or it is 0.
+    """
+    noise = torch.randn(samples.data.shape, generator=torch.Generator().manual_seed(0))
+    data = (samples.data.detach() + 0.1 * noise.to(samples.data.device)).clamp(0, 1)
+    data.requires_grad_()
+    with torch.enable_grad():
+        value = evaluate(reward, replace(samples, data=data)).value
+        gradient = None
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value.sum(), data, allow_unused=True)
+    name = reward.info.name
+    if gradient is None:
+        raise ValueError(
+            f"the reward {name!r} has no gradient with respect to the picture: somewhere it is cut "
+            "(a cast to whole numbers, detach, no_grad, a threshold), so that there is nothing to "
+            "climb; use a differentiable reward, or prdp, ddpo or another algorithm without one"
+        )
+    if not gradient.any() or not gradient.isfinite().all():
+        what = "0 everywhere" if not gradient.any() else "NaN or infinite"
+        raise ValueError(
+            f"the gradient of the reward {name!r} with respect to {len(data)} pictures is {what}: "
+            "is it piecewise constant, or saturated there?"
         )
 
 

@@ -19,7 +19,8 @@ class Compute:
             hook.remove()
 
     def _count(self, network, inputs, output) -> None:
-        output = output[0] if not isinstance(output, Tensor) else output
+        while not isinstance(output, Tensor):  # of a ControlNet, lists of residuals
+            output = output[0]
         if torch.is_grad_enabled() and output.requires_grad:
             self.backward += len(output)
         else:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from diffreward.controlled import ControlledImages
 from diffreward.policy import Condition, Policy
 
 
@@ -16,16 +17,18 @@ class Conditions:
         policy: encodes.
         prompts: as they may be asked for, by place.
         batch: most prompts encoded at once.
+        data: pictures of these prompts, whose control images are encoded with them.
         most_bytes: beyond this, prompts are encoded whenever they are asked for.
     """
 
-    def __init__(self, policy: Policy, prompts: Sequence[str], batch: int, most_bytes: int = 2**32):
-        self.policy, self.prompts, self.kept = policy, list(prompts), None
+    def __init__(
+        self, policy: Policy, prompts: Sequence[str], batch: int,
+        data: ControlledImages | None = None, most_bytes: int = 2**32,
+    ) -> None:  # fmt: skip
+        self.policy, self.prompts, self.data, self.kept = policy, list(prompts), data, None
         parts: list[Condition] = []
         for start in range(0, len(self.prompts), batch):
-            some = self.prompts[start : start + batch]
-            with torch.no_grad():
-                parts.append(_to(policy.encode(some), "cpu"))
+            parts.append(_to(self._encode(range(len(self.prompts))[start : start + batch]), "cpu"))
             size = sum(t.nbytes for t in parts[0].tensors.values()) / len(parts[0])
             if size * len(self.prompts) > most_bytes:
                 return
@@ -44,9 +47,13 @@ class Conditions:
         """The conditions of these prompts, on the policy's device."""
         if self.kept is None:
             unique = sorted(set(indices))
-            found = self.policy.encode([self.prompts[p] for p in unique])
-            return found.take([unique.index(p) for p in indices])
+            return self._encode(unique).take([unique.index(p) for p in indices])
         return _to(self.kept.take(list(indices)), self.policy.device)
+
+    @torch.no_grad()
+    def _encode(self, indices: Sequence[int]) -> Condition:
+        inputs = {} if self.data is None else self.data.load(indices).context
+        return self.policy.encode([self.prompts[p] for p in indices], **inputs)
 
 
 def _to(condition: Condition, device: torch.device | str) -> Condition:

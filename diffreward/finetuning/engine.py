@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffreward.algorithms import Algorithm, History, make_algorithm
+from diffreward.controlled import ControlledImages
 from diffreward.files import environment, plain
 from diffreward.finetuning.checkpoint import (
     MAY_DIFFER,
@@ -41,7 +42,9 @@ from diffreward.finetuning.checkpoint import (
     save_checkpoint,
 )
 from diffreward.finetuning.checks import (
+    check_data,
     check_gradients,
+    check_image_gradient,
     check_options,
     check_preferences,
     check_ratio,
@@ -149,8 +152,10 @@ def finetune(
     prompts: Sequence[str] = ("",),
     *,
     preferences: str | Path | Preferences | None = None,
+    data: ControlledImages | None = None,
     judges: Sequence[Any] = (),
     eval_prompts: Sequence[str] | None = None,
+    eval_data: ControlledImages | None = None,
     training: Training | None = None,
     output: str | Path | None = None,
     resume: str | Path | int | None = None,
@@ -169,8 +174,12 @@ def finetune(
         preferences: a data set to learn from in place of own samples, see `diffreward.preferences`,
             for "dpo" and "kto". Prompts are its own, a prompt's samples are its pair (or single
             sample), and the reward only reports; the "reward" of an iteration is the mean label.
+        data: captioned pictures, see `diffreward.controlled.read_controlled`, in place of prompts:
+            their captions and control images are what is conditioned on, and "ctrl_u" learns from
+            the pictures.
         judges: held-out rewards, which only report.
         eval_prompts: to evaluate on; None: the first ``prompts_per_update`` of ``prompts``.
+        eval_data: the same with ``data``.
         training: the options; None: their defaults, with all prompts in an update if they are few.
         output: folder for checkpoints, logs and results; None: nothing is written.
         resume: "latest", or a checkpoint of ``output``, by number or path: go on from there.
@@ -192,6 +201,12 @@ def finetune(
             preferences = read_preferences(preferences, getattr(policy, "modality", "image"))
         prompts, size = preferences.prompts_and_size()
         options["samples_per_prompt"] = size
+    if data is not None:
+        if list(prompts) != [""] or preferences is not None:
+            raise ValueError(
+                "prompts come with the data; give only one of prompts, preferences and data"
+            )
+        prompts = data.prompts
     if training is None:
         few = {"prompts_per_update": min(Training().prompts_per_update, max(1, len(prompts)))}
         options = {**few, **options}
@@ -200,9 +215,9 @@ def finetune(
     reward = make_reward(reward)
     engine = Engine(
         policy, reward, algorithm, list(prompts), training,
-        preferences=preferences, judges=[make_reward(judge) for judge in judges],
-        eval_prompts=eval_prompts, output=output, resume=resume, config=config, hub=push_to_hub,
-        progress=progress,
+        preferences=preferences, data=data, judges=[make_reward(judge) for judge in judges],
+        eval_prompts=eval_prompts, eval_data=eval_data, output=output, resume=resume,
+        config=config, hub=push_to_hub, progress=progress,
     )  # fmt: skip
     return engine.run()
 
@@ -219,8 +234,10 @@ class Engine:
         training: Training,
         *,
         preferences: Preferences | None = None,
+        data: ControlledImages | None = None,
         judges: Sequence[Reward | SetReward] = (),
         eval_prompts: Sequence[str] | None = None,
+        eval_data: ControlledImages | None = None,
         output: str | Path | None = None,
         resume: str | Path | int | None = None,
         config: Mapping[str, Any] | None = None,
@@ -241,6 +258,16 @@ class Engine:
                     f"preferences are learnt from as latents, and {type(policy).__name__} has no "
                     "encode_samples, which would give those of a sample"
                 )
+        check_data(data, algorithm, policy)  # check_run asks again for what needs no policy
+        if eval_data is not None and eval_prompts is not None:
+            raise ValueError(
+                "prompts to evaluate on come with eval_data; give eval_prompts or eval_data"
+            )
+        if hasattr(policy, "height"):
+            size = policy.height, policy.width
+            data = data and data.resized(*size)
+            eval_data = eval_data and eval_data.resized(*size)
+        self.data = data
         if algorithm.family == "pathwise" and self.of_sets:
             raise ValueError(
                 f"{type(algorithm).__name__} differentiates the reward of each sample, and "
@@ -254,8 +281,9 @@ class Engine:
             )
         self.team = Team(policy.device, training.shard)
         self.batches, start = check_run(
-            algorithm, training, len(prompts), self.team.size, output=output, resume=resume, hub=hub
-        )
+            algorithm, training, len(prompts), self.team.size, output=output, resume=resume,
+            hub=hub, data=data,
+        )  # fmt: skip
         self.hub = hub
 
         self.trainable = Trainable(policy, training, self.team)
@@ -270,22 +298,34 @@ class Engine:
         self.iteration, self.updates, self._evaluated = 0, 0, 0
         self.metrics: list[dict[str, Any]] = []
 
-        if eval_prompts is None:
+        if eval_data is None and data is not None and eval_prompts is None:
+            eval_data = data.take(range(min(len(data), training.prompts_per_update)))
+        if eval_data is not None:
+            eval_prompts = eval_data.prompts
+        elif eval_prompts is None:
             eval_prompts = prompts[: training.prompts_per_update]
         rewards: dict[str, Reward] = {}
         for found in (reward, *judges):
             rewards[distinct(found.info.name, rewards)] = found
+        shown = None
+        if eval_data is not None:
+            size = training.max_batch or self.batches.per_update
+            shown = Conditions(policy, eval_prompts, size, eval_data)
+            shown = shown.take(range(len(eval_prompts)))
         self.evaluator = Evaluator(
             policy, self.trainable.reference, rewards, eval_prompts, training.eval_samples,
             training.seed, max_batch=training.max_batch, decode_batch=training.decode_batch,
-            team=self.team,
+            team=self.team, condition=shown,
         )  # fmt: skip
-        self.conditions = Conditions(policy, prompts, training.max_batch or self.batches.per_update)
+        self.conditions = Conditions(
+            policy, prompts, training.max_batch or self.batches.per_update, data
+        )
         config = dict(config or {})
         self.settings = plain(
             {name: config[name] for name in ("model", "reward", "judges") if name in config}
             | describe(policy, reward, algorithm, training, prompts, eval_prompts)
             | ({"preferences": digest(preferences)} if preferences is not None else {})
+            | ({"data": data.about} if data is not None else {})
         )
         self.start = None if start is None else load_checkpoint(start)
         if self.start is not None:  # before anything in its folder is touched
@@ -305,6 +345,8 @@ class Engine:
             for part in (self.record, self.compute, self.conditions):
                 stack.enter_context(closing(part))
             self.record.say(str(self.batches))
+            if self.algorithm.family == "pathwise":
+                self._check_gradient()
             if self.start is None:
                 before = self.evaluator(0)
                 self.watch = Watch(self.training.guard, before)
@@ -544,9 +586,7 @@ class Engine:
 
     def _whole_set(self, rows: Tensor, features: list[Tensor]) -> SetScores:
         """A rollout, of all processes, is one set."""
-        found = score_set(self.reward, self._all(rows, torch.cat(features).cpu()))
-        found.value = found.value.double()
-        return found
+        return score_set(self.reward, self._all(rows, torch.cat(features).cpu()))
 
     # -- update -------------------------------------------------------------------------------
 
@@ -703,6 +743,8 @@ class Engine:
                 lockstep = Lockstep(self.team, policies, condition, again)
                 policies = lockstep.policies
             extra = {"reference": policies[1]} if self.algorithm.needs_reference else {}
+            if self.algorithm.needs_data:
+                extra |= {"x0": self._pictures(some, chosen), "reward": self.reward}
             with self._autocast():
                 loss, _, score = self.algorithm.loss(
                     policies[0], condition, self._generators(some, chosen),
@@ -711,14 +753,35 @@ class Engine:
                 rest = lockstep.finish() if lockstep else 0.0
             (loss.sum() / total + rest).backward()
             losses.append(loss.detach())
-            logged = {name: score.parts[name] for name in ("kl",) if name in score.parts}
+            names = self.algorithm.logged
+            logged = {name: score.parts[name] for name in names if name in score.parts}
             scores.append(Scores(score.value.detach(), None, logged))
         whole = self._whole(rows, Scores.cat(scores))
-        check_rewards(whole, first=self.updates == 0)
+        scored = (~whole.value.isnan()).nonzero()[:, 0]
+        check_rewards(whole.take(scored), first=self.updates == 0)
         loss = self._all(rows, torch.cat(losses)).mean().item()
-        parts = {name: part.mean().item() for name, part in whole.parts.items()}
+        parts = {name: part.nanmean().item() for name, part in whole.parts.items()}
         found.append({"loss": loss, **parts, **self._step()})
-        return whole, torch.arange(total) // b
+        return whole.take(scored), scored // b
+
+    @torch.no_grad()
+    def _check_gradient(self) -> None:
+        """Before anything is trained: pictures of the data, or decoded noise, have a gradient."""
+        few = list(range(min(2, len(self.prompts))))
+        if self.data is not None:
+            samples = self.data.load(few).to(self.policy.device)
+        else:
+            condition = self.conditions.take(few)
+            noise = self.policy.initial(condition, sample_generators(0, 1, len(few)))
+            samples = self.policy.decode(noise, condition)
+        if samples.modality == "image":
+            check_image_gradient(self.reward, samples)
+
+    @torch.no_grad()
+    def _pictures(self, rows: Tensor, chosen: list[int]) -> Tensor:
+        """Clean latents of the data's pictures, one per row."""
+        b = self.training.samples_per_prompt
+        return self.policy.encode_samples(self.data.load([chosen[r // b] for r in rows.tolist()]))
 
     def _step(self) -> dict[str, float]:
         """Sum the gradients over the processes, clip them, and step."""

@@ -102,25 +102,36 @@ def pictures(evaluation: Evaluation) -> Float[Tensor, "n 3 h w"] | None:
     return None
 
 
+def _conditions(evaluation: Evaluation) -> list[Cell] | None:
+    """The control image of each prompt; None without control images that are pictures."""
+    control = evaluation.samples.context.get("control")
+    if control is None or control.ndim != 4 or control.shape[1] not in (1, 3):
+        return None
+    return [Cell(image.expand(3, -1, -1)) for image in control[:: evaluation.k]]
+
+
 def _cell(evaluation: Evaluation, images: Tensor, row: int) -> Cell:
     known = [(label, value[row].item()) for label, value in evaluation.scores.items()]
     return Cell(images[row], tuple(f"{label} {v:.3f}" for label, v in known if not math.isnan(v)))
 
 
 def sample_grid(evaluation: Evaluation, most: int = 16, across: int = 6) -> Image.Image:
-    """Prompts down, samples across: the first of each."""
+    """Prompts down, samples across: the first of each, after the control image if there is one."""
     images, across = pictures(evaluation), min(across, evaluation.k)
     rows = [
         (prompt, [_cell(evaluation, images, p * evaluation.k + s) for s in range(across)])
         for p, prompt in enumerate(evaluation.prompts[:most])
     ]
-    return image_grid([f"sample {s + 1}" for s in range(across)], rows)
+    return _grid([f"sample {s + 1}" for s in range(across)], rows, _conditions(evaluation))
 
 
 def before_after(
     before: Evaluation, after: Evaluation, most: int = 16, pairs: int = 2
 ) -> Image.Image:
-    """Prompts down; across, the first samples of each before and after, from the same noise."""
+    """Prompts down; across, the first samples of each before and after, from the same noise.
+
+    The first column has the control images, if there are any.
+    """
     first, last, pairs = pictures(before), pictures(after), min(pairs, after.k)
     rows = []
     for p, prompt in enumerate(after.prompts[:most]):
@@ -128,6 +139,13 @@ def before_after(
         cells = [(_cell(before, first, row), _cell(after, last, row)) for row in at]
         rows.append((prompt, [cell for pair in cells for cell in pair]))
     columns = [f"{when}, sample {s + 1}" for s in range(pairs) for when in ("before", "after")]
+    return _grid(columns, rows, _conditions(after))
+
+
+def _grid(columns: list[str], rows: list, conditions: list[Cell] | None) -> Image.Image:
+    if conditions is not None:
+        columns = ["condition", *columns]
+        rows = [(name, [conditions[p], *cells]) for p, (name, cells) in enumerate(rows)]
     return image_grid(columns, rows)
 
 

@@ -255,7 +255,10 @@ class Evaluation:
         return list(self.scores)[1:]
 
     def save(self, path: Path) -> None:
-        """As safetensors; pictures in 8 bits, all else as it is; of the context, sampling rates."""
+        """As safetensors; pictures in 8 bits, all else as it is.
+
+        Of the context, sampling rates and control images.
+        """
         from safetensors.torch import save_file
 
         tensors = {f"scores/{label}": value for label, value in self.scores.items()}
@@ -263,6 +266,8 @@ class Evaluation:
         tensors["diversity"] = self.diversity
         if self.kl is not None:
             tensors["kl"] = self.kl
+        if "control" in self.samples.context:
+            tensors["control"] = self.samples.context["control"]
         about = {
             "iteration": self.iteration,
             "prompts": self.prompts,
@@ -295,6 +300,8 @@ class Evaluation:
             data = data.float() / 255
         rates = about.get("sampling_rate")
         context = {} if rates is None else {"sampling_rate": [int(rate) for rate in rates]}
+        if "control" in tensors:
+            context["control"] = tensors["control"]
         prompts, n = about["prompts"], len(data)
         asked = [prompt for prompt in prompts for _ in range(n // len(prompts))]
         return Evaluation(

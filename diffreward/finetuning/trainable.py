@@ -4,6 +4,10 @@ A trained LoRA is saved as what its pipeline reads (``pipe.load_lora_weights(fol
 alpha included. Where there is no such reader (unconditional pipelines, policies without a pipeline)
 it is saved in peft's own format (``peft.PeftModel.from_pretrained(policy.denoiser, folder)``).
 `diffreward.policies.load_lora` reads both.
+
+Of a policy that is conditioned by a ControlNet or adapter, this is trained, or the base network
+(``train`` of `load_policy`). The former is saved as a model of its own (``from_pretrained(folder)``
+of its class, ``load_policy(spec, controlnet=folder)``), or as a LoRA in peft's format.
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ import difflib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +84,8 @@ class Trainable:
             )
         self.policy, self.network, self.training = policy, network, training
         self.team = team if team is not None and team.shard else None
-        for module in [network, *getattr(getattr(policy, "pipe", None), "components", {}).values()]:
+        parts = getattr(getattr(policy, "pipe", None), "components", {}).values()
+        for module in [network, getattr(policy, "controller", None), *parts]:
             if isinstance(module, nn.Module):
                 module.requires_grad_(False)
         network.eval()
@@ -88,7 +93,8 @@ class Trainable:
             if self.team is not None:  # before adapters are added, which so stay whole
                 share_out(network, policy.device)
             default = getattr(policy, "lora_targets", ATTENTION)
-            _add_lora(network, training.lora, training.seed, default)
+            check = getattr(policy, "check_adapters", None)
+            _add_lora(network, training.lora, training.seed, default, check)
             self.reference = policy.reference()
         else:
             # before the copy, so that policy and reference compute alike and start with KL 0
@@ -195,9 +201,9 @@ class Trainable:
         """Write what was trained, averaged if there is an average, for use without this package.
 
         A LoRA: what ``pipe.load_lora_weights(folder)`` reads, or peft's format (see the module).
-        All weights: a pipeline for ``from_pretrained(folder)``; of a policy without one,
-        what its network's ``save_pretrained`` writes, or ``model.safetensors``, for
-        ``safetensors.torch.load_model(policy.denoiser, file)``.
+        All weights: a pipeline for ``from_pretrained(folder)``; of a ControlNet or adapter, or a
+        policy without a pipeline, what the network's ``save_pretrained`` writes, or
+        ``model.safetensors``, for ``safetensors.torch.load_model(policy.denoiser, file)``.
 
         Everything is written beside ``folder`` and moved into it at the end, over files of the same
         names; other files in it stay. If the network is shared out, all processes must call this,
@@ -227,6 +233,8 @@ class Trainable:
 
     def _write(self, folder: Path) -> None:
         pipe = getattr(self.policy, "pipe", None)
+        if getattr(self.policy, "base", self.network) is not self.network:
+            pipe = None  # which has no part in what controls it
         if self.training.method == "full":
             if pipe is None and hasattr(self.network, "save_pretrained"):
                 self.network.save_pretrained(folder)
@@ -254,28 +262,43 @@ class Trainable:
             save_file(weights, folder / PEFT_FILE, metadata={"format": "pt"})
 
     def _checkpoint_activations(self) -> None:
-        enable = getattr(self.network, "enable_gradient_checkpointing", None)
-        try:
-            if enable is None:
-                raise ValueError("it has no method enable_gradient_checkpointing")
-            enable()
-        except ValueError as err:
-            raise ValueError(
-                f"{type(self.network).__name__} cannot recompute its activations ({err}); set "
-                "activation_checkpointing to false"
-            ) from err
+        """Of the network, and of the one that it controls, through which gradients flow."""
+        base = getattr(self.policy, "base", self.network)
+        if base is not self.network:
+            with suppress(ValueError):  # adapters cannot, and are small
+                _recompute(self.network)
+        _recompute(base)
 
 
-def _add_lora(network: nn.Module, lora: LoRA, seed: int, default: Sequence[str]) -> None:
+def _recompute(network: nn.Module) -> None:
+    enable = getattr(network, "enable_gradient_checkpointing", None)
+    try:
+        if enable is None:
+            raise ValueError("it has no method enable_gradient_checkpointing")
+        enable()
+    except ValueError as err:
+        raise ValueError(
+            f"{type(network).__name__} cannot recompute its activations ({err}); set "
+            "activation_checkpointing to false"
+        ) from err
+
+
+def _add_lora(
+    network: nn.Module, lora: LoRA, seed: int, default: Sequence[str],
+    check: Callable[[list[str]], None] | None = None,
+) -> None:  # fmt: skip
     """Put adapters into the network: A Gaussian, of the seed, B zero; float32 at least."""
     if lora.rank < 1:
         raise ValueError(f"lora.rank must be at least 1, but {lora.rank} came")
     from peft import LoraConfig, inject_adapter_in_model
 
+    targets = _targets(network, lora.targets, default)
+    if check is not None:
+        check(targets)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
-        target_modules=_targets(network, lora.targets, default),
+        target_modules=targets,
         init_lora_weights="gaussian",
     )
     cuda = [p.device for p in network.parameters() if p.is_cuda][:1]

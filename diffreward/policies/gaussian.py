@@ -174,12 +174,11 @@ class VPKernel:
         ab = expand(self.alpha_bar[i], x)
         return ab.sqrt(), (1 - ab).sqrt()
 
-    def noised(self, x0: Tensor, u: Float[Tensor, " b"], eps: Tensor):
-        """(x_t, t, target) of the training loss at uniform times u in [0, 1)."""
+    def trained_level(self, u: Float[Tensor, " b"], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(a, s, t) of the training loss at uniform times u in [0, 1)."""
         t = (u * len(self.alphas_cumprod)).long()
-        ab = expand(self.alphas_cumprod.to(u.device)[t], x0)
-        a, s = ab.sqrt(), (1 - ab).sqrt()
-        return a * x0 + s * eps, t, training_target(self.prediction, x0, eps, a, s)
+        ab = expand(self.alphas_cumprod.to(u.device)[t], x)
+        return ab.sqrt(), (1 - ab).sqrt(), t
 
 
 @dataclass(frozen=True)
@@ -264,11 +263,10 @@ class FlowKernel:
         s = expand(self.sigmas[i], x)
         return 1 - s, s
 
-    def noised(self, x0: Tensor, u: Float[Tensor, " b"], eps: Tensor):
-        """(x_t, t, target) of the training loss at uniform sigma = u."""
-        s = expand(u, x0)
-        target = training_target(self.prediction, x0, eps, 1 - s, s)
-        return (1 - s) * x0 + s * eps, u * self.num_train_timesteps, target
+    def trained_level(self, u: Float[Tensor, " b"], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(a, s, t) of the training loss at uniform sigma = u."""
+        s = expand(u, x)
+        return 1 - s, s, u * self.num_train_timesteps
 
 
 @dataclass(frozen=True)
@@ -383,10 +381,27 @@ class GaussianPolicy:
         z = randn((len(x0), 1), generator, device=x0.device)[:, 0]
         u = torch.special.ndtr(z.double()).clamp(max=1 - 1e-6).float()  # below 1 in float32 still
         eps = randn(x0.shape, generator, device=x0.device, dtype=x0.dtype)
-        x, t, target = self.kernel.noised(x0, u, eps)
+        return self.denoise(x0, u, eps, condition)[1]
+
+    def denoise(
+        self, x0: Tensor, u: Float[Tensor, " b"], eps: Tensor, condition: Condition
+    ) -> tuple[Tensor, Float[Tensor, " b"]]:
+        """Noise clean latents to uniform times u in [0, 1), and predict them, without guidance.
+
+        Returns:
+            The clean prediction, and the mean squared error of what the network is trained for.
+        """
+        a, s, t = self.kernel.trained_level(u, x0)
         plain = copy.copy(self)
         plain.guided = False
-        return ((plain._predict(x, t, condition) - target) ** 2).flatten(1).mean(1)
+        x = a * x0 + s * eps
+        output = plain._predict(x, t, condition)
+        prediction, _ = to_x0_eps(self.kernel.prediction, x, output, a, s)
+        clip = getattr(self.kernel, "clip", None)
+        if clip is not None:
+            prediction = prediction.clamp(-clip, clip)
+        target = training_target(self.kernel.prediction, x0, eps, a, s)
+        return prediction, ((output - target) ** 2).flatten(1).mean(1)
 
     def reference(self) -> GaussianPolicy:
         """Adapters switched off where the denoiser has them, else a frozen copy as it is now."""

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -20,6 +21,13 @@ import torch
 
 from diffreward._assets import asset_path
 from diffreward.policies.audio import AudioLDM2Policy
+from diffreward.policies.controlled import (
+    CONTROLLED,
+    TRAINED,
+    ControlledPolicy,
+    new_controller,
+    with_controller,
+)
 from diffreward.policies.lora import load_lora
 from diffreward.policies.masked import MaskedPolicy
 from diffreward.policies.pipelines import (
@@ -137,12 +145,17 @@ def load_pipeline(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     lora: str | os.PathLike | None = None,
+    controlnet: Any = None,
+    adapter: Any = None,
+    control_scale: float | int = 1.0,
+    train: str = "control",
 ) -> PipelinePolicy:
     """A policy from a diffusers pipeline.
 
     Args:
-        spec: a pipeline object (Stable Diffusion 1.x/2.x, XL, 3/3.5, FLUX.1, unconditional
-            DDPM/DDIM, AudioLDM2), a local folder, a hub id, or "embedded:emoji".
+        spec: a pipeline object (Stable Diffusion 1.x/2.x, XL, 3/3.5, FLUX.1, each also with a
+            ControlNet, and the first two with a T2I-Adapter; unconditional DDPM/DDIM; AudioLDM2), a
+            local folder, a hub id, or "embedded:emoji".
         num_steps: T, denoising steps; at most the training steps of an epsilon- or v-prediction
             model.
         kernel: "ddim" or "ddpm" for epsilon- and v-prediction models; "flow_sde" or
@@ -159,14 +172,31 @@ def load_pipeline(
             on CUDA. Latents are float32 in any case.
         device: None: where a pipeline object is, else CUDA if there is one.
         lora: folder or hub id of a LoRA, which is added to the weights; see `load_lora`.
+        controlnet: what control images condition the model by: a ControlNet of diffusers (of
+            Stable Diffusion, XL, 3 or FLUX), which is moved to the base network's device and
+            dtype, a folder or hub id of one, "embedded:" and its name, or "new": one to be
+            trained, which changes nothing at first. Conditions then are
+            ``policy.encode(prompts, control=images)``.
+        adapter: the same with a T2I-Adapter (of Stable Diffusion or XL); a new one is random.
+        control_scale: what the ControlNet or adapter adds is multiplied by it.
+        train: what finetuning trains: "control", the ControlNet or adapter, or "base".
 
     Raises:
         FileNotFoundError: no such folder; a hub id that is neither cached nor reachable.
         ValueError: an unknown embedded model or kernel, a kernel of the wrong path, a pipeline
             class that has no family here, a scheduler or an option of it that is not supported, a
-            network that predicts variances, a number out of its range.
+            network that predicts variances, a number out of its range, a ControlNet or adapter
+            that does not fit the model.
     """
     dtype = None if dtype is None else _dtype(dtype)
+    given = {"controlnet": controlnet, "adapter": adapter}
+    given = {kind: value for kind, value in given.items() if value is not None}
+    if len(given) == 2:
+        raise ValueError("a model is conditioned by a controlnet or an adapter; give one of them")
+    if train not in TRAINED:
+        raise ValueError(f"train must be {' or '.join(map(repr, TRAINED))}, but {train!r} came")
+    if not math.isfinite(control_scale):
+        raise ValueError(f"control_scale must be finite, but {control_scale} came")
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, but {num_steps} came")
     every = (*VP_KERNELS, *FLOW_KERNELS)
@@ -176,7 +206,7 @@ def load_pipeline(
         raise ValueError(f"unknown kernel {kernel!r}{hint} Known: {', '.join(every)}")
     pipe = _load(spec, dtype, device) if isinstance(spec, str | os.PathLike) else spec
     name = type(pipe).__name__
-    families = {**FAMILIES, **SOUNDS}
+    families = {**FAMILIES, **CONTROLLED, **SOUNDS}
     if name not in families:
         other = "Any other pipeline can be steered with diffreward.steered(pipe, ...)"
         if name == "StableAudioPipeline":
@@ -188,6 +218,14 @@ def load_pipeline(
         raise ValueError(
             f"seconds is the length of sounds, and {name} makes none; pictures have height, width"
         )
+    family = families[name]
+    for kind in given:
+        family = with_controller(name, kind)
+    if not issubclass(family, ControlledPolicy) and (control_scale != 1 or train != "control"):
+        raise ValueError(
+            f"control_scale and train are options of models with a controlnet or an adapter, and "
+            f"this {name} has none; give controlnet=... or adapter=..."
+        )
     if spec is pipe and (dtype is not None or device is not None):
         pipe.to(**{k: v for k, v in {"dtype": dtype, "device": device}.items() if v is not None})
     if guidance_scale is None:
@@ -196,10 +234,12 @@ def load_pipeline(
         own = parameters["guidance_scale"].default if "guidance_scale" in parameters else 1.0
         guidance_scale = embedded.get("guidance_scale", own)
     sampling = Sampling(num_steps, kernel, eta, noise_level)
-    lengths = {"seconds": seconds} if name in SOUNDS else {}
-    policy = families[name](
-        pipe, sampling, float(guidance_scale), negative_prompt, height, width, **lengths
-    )
+    more = {"seconds": seconds} if name in SOUNDS else {}
+    if issubclass(family, ControlledPolicy):
+        more = {"control_scale": float(control_scale), "train": train}
+    for kind, value in given.items():
+        more["controller"] = _load_controller(value, kind, family, pipe)
+    policy = family(pipe, sampling, float(guidance_scale), negative_prompt, height, width, **more)
     if lora is not None:
         load_lora(policy, lora, fuse=True)
     return policy
@@ -243,6 +283,51 @@ def _load(spec: str | os.PathLike, dtype, device):
         if isinstance(module, torch.nn.Module) and module.dtype != dtype:
             module.to(dtype)
     return pipe.to(device)
+
+
+def _load_controller(spec: Any, kind: str, family: type[ControlledPolicy], pipe: Any):
+    """The ControlNet or adapter, on the device and in the dtype of the pipeline's network."""
+    cls = family.controller_class
+    if spec == "new":
+        found = new_controller(family, pipe)
+    elif isinstance(spec, str | os.PathLike):
+        found = _read_controller(os.fspath(spec), kind, cls)
+    elif type(spec).__name__ == cls:
+        found = spec
+    else:
+        raise ValueError(
+            f"{kind} of {type(pipe).__name__} is a {cls}, a folder or hub id of one, or 'new', but "
+            f"{type(spec).__name__} came"
+        )
+    base = next(p for p in getattr(pipe, family.network).parameters() if p.is_floating_point())
+    return torch.nn.Module.to(found, base.device, base.dtype)  # diffusers' own warns of nothing
+
+
+def _read_controller(spec: str, kind: str, cls: str):
+    import diffusers
+
+    if spec.startswith("embedded:"):
+        folder = str(asset_path(spec.removeprefix("embedded:")))
+    else:
+        folder = _folder_or_id(spec, kind)
+    if Path(folder).exists():
+        try:
+            came = json.loads((Path(folder) / "config.json").read_text()).get("_class_name")
+        except (OSError, json.JSONDecodeError, AttributeError) as err:
+            raise FileNotFoundError(
+                f"{spec!r} holds no {cls}: there is no config.json of one in it"
+            ) from err
+        if came != cls:
+            raise ValueError(f"{kind} of this model is a {cls}, but {spec!r} holds a {came}")
+    try:
+        return getattr(diffusers, cls).from_pretrained(folder).eval()
+    except OSError as err:
+        if Path(folder).exists():
+            raise
+        raise FileNotFoundError(
+            f"the {kind} {spec!r} is neither a folder here nor in the local cache, and the hub "
+            "could not be reached for it"
+        ) from err
 
 
 def _folder_or_id(spec: str, what: str) -> str:

@@ -22,7 +22,9 @@ def load_lora(policy: Any, folder: str | Path, *, fuse: bool = False) -> None:
 
     Args:
         policy: is changed in place; its ``reference()`` is the model without the LoRA.
-        folder: with ``pytorch_lora_weights.safetensors``, or in peft's format; or a hub id.
+        folder: with ``pytorch_lora_weights.safetensors``, or in peft's format; or a hub id. The
+            first kind is of the network that predicts, peft's of the one that is trained: another
+            one with ``train="control"``, whose reference then keeps a LoRA of the first kind.
         fuse: add the LoRA to the weights, so that it is part of the pretrained model: of its
             ``reference()``, and for training further. Half-precision weights round it.
 
@@ -30,9 +32,10 @@ def load_lora(policy: Any, folder: str | Path, *, fuse: bool = False) -> None:
         FileNotFoundError: no LoRA in the folder.
         ValueError: a LoRA of another model, or none of this network.
     """
-    pipe, network, given = getattr(policy, "pipe", None), policy.denoiser, str(folder)
+    pipe, given = getattr(policy, "pipe", None), str(folder)
     folder = Path(folder).expanduser()
     of_peft = (folder / PEFT_CONFIG).is_file()
+    network = policy.denoiser if of_peft else getattr(policy, "base", policy.denoiser)
     on_hub = not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", given) is not None
     if not of_peft and not on_hub and not (folder / PIPELINE_FILE).is_file():
         raise FileNotFoundError(

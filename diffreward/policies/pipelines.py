@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +42,14 @@ class PipelinePolicy(GaussianPolicy):
 
     Attributes:
         pipe: the pipeline, unchanged.
+        denoiser: the network that is trained.
         guidance_scale: as in diffusers.
         guided: whether each prediction is made with and without the prompt.
     """
 
     network = "unet"
     kernels = VP_KERNELS
+    shared: tuple[str, ...] = ()  #: what of a condition guidance takes as it is for both halves
     _parked = False
 
     def __init__(
@@ -73,8 +75,13 @@ class PipelinePolicy(GaussianPolicy):
         options = self._timestep_options(sampling)
         self.kernel = build_kernel(pipe.scheduler, name, sampling, **options)
 
+    @property
+    def base(self) -> torch.nn.Module:
+        """The network that predicts; another than ``denoiser`` if what controls it is trained."""
+        return self.denoiser
+
     def _size(self, height, width) -> tuple[int, int]:
-        size, scale = self.denoiser.config.sample_size, self._scale()
+        size, scale = self.base.config.sample_size, self._scale()
         own = (size, size) if isinstance(size, int) else size
         return _multiples(height or own[0] * scale, width or own[1] * scale, scale)
 
@@ -82,7 +89,7 @@ class PipelinePolicy(GaussianPolicy):
         return self.pipe.vae_scale_factor
 
     def _is_guided(self) -> bool:
-        return self.guidance_scale > 1 and self.denoiser.config.get("time_cond_proj_dim") is None
+        return self.guidance_scale > 1 and self.base.config.get("time_cond_proj_dim") is None
 
     def _timestep_options(self, sampling: Sampling) -> dict[str, Any]:
         # latents are not bounded by 1: DDIM's default clipping is for pixels
@@ -90,22 +97,29 @@ class PipelinePolicy(GaussianPolicy):
 
     def latent_shape(self, condition: Condition) -> tuple[int, ...]:
         scale = self._scale()
-        return (self.denoiser.config.in_channels, self.height // scale, self.width // scale)
+        return (self.base.config.in_channels, self.height // scale, self.width // scale)
 
     def encode(self, prompts: Sequence[str], **inputs) -> Condition:
         if inputs:
+            hint = ""
+            if "control" in inputs:
+                hint = "; for a control image, load it with controlnet=... or adapter=..."
             raise ValueError(
-                f"{type(self.pipe).__name__} takes prompts only, but {', '.join(inputs)} came"
+                f"{type(self.pipe).__name__} takes prompts only, but {', '.join(inputs)} came{hint}"
             )
-        if isinstance(prompts, str) or len(prompts) == 0:
-            raise ValueError(f"encode takes a list of prompts, at least one, but {prompts!r} came")
-        prompts = list(prompts)
+        prompts = self._listed(prompts)
         if self._parked:
             self._move_encoders(self.device)
         tensors = {k: v for k, v in self._embed(prompts).items() if v is not None}
         if self._parked:
             self._move_encoders("cpu")
         return Condition(prompts, {k: v.detach().to(self.dtype) for k, v in tensors.items()})
+
+    @staticmethod
+    def _listed(prompts: Sequence[str]) -> list[str]:
+        if isinstance(prompts, str) or len(prompts) == 0:
+            raise ValueError(f"encode takes a list of prompts, at least one, but {prompts!r} came")
+        return list(prompts)
 
     def park_encoders(self, parked: bool = True) -> None:
         """Keep the text encoders in main memory except while they encode, or no longer."""
@@ -148,14 +162,19 @@ class PipelinePolicy(GaussianPolicy):
         """``call(x, t, tensors)``, with classifier-free guidance in one batch of twice the size."""
         c = condition.tensors
         if not self.guided:
-            return call(x, t, {name: c[name] for name in names})
+            return call(x, t, {name: c[name] for name in (*names, *self.shared)})
         both = {name: torch.cat([c[f"negative_{name}"], c[name]]) for name in names}
+        both |= {name: torch.cat([c[name], c[name]]) for name in self.shared}
         without, with_prompt = call(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return without + self.guidance_scale * (with_prompt - without)
 
+    def _network(self, c: Mapping[str, Tensor], *args, **inputs) -> Tensor:
+        """The base network's output; ``c`` is for those that are controlled."""
+        return self.base(*args, **inputs).sample
+
     def _guidance_embedding(self, x: Tensor) -> Tensor | None:
         """The scale as an input of the network, for guidance-distilled models."""
-        dim = self.denoiser.config.get("time_cond_proj_dim")
+        dim = self.base.config.get("time_cond_proj_dim")
         if dim is None:
             return None
         scale = torch.full((len(x),), self.guidance_scale - 1)
@@ -174,9 +193,9 @@ class StableDiffusionPolicy(PipelinePolicy):
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         def call(x, t, c):
             cond = self._guidance_embedding(x)
-            return self.denoiser(
-                x, t, encoder_hidden_states=c["prompt_embeds"], timestep_cond=cond
-            ).sample
+            return self._network(
+                c, x, t, encoder_hidden_states=c["prompt_embeds"], timestep_cond=cond
+            )
 
         return self._guide(x, t, condition, ["prompt_embeds"], call)
 
@@ -210,13 +229,14 @@ class StableDiffusionXLPolicy(PipelinePolicy):
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         def call(x, t, c):
-            return self.denoiser(
+            return self._network(
+                c,
                 x,
                 t,
                 encoder_hidden_states=c["prompt_embeds"],
                 timestep_cond=self._guidance_embedding(x),
                 added_cond_kwargs={"text_embeds": c["text_embeds"], "time_ids": c["time_ids"]},
-            ).sample
+            )
 
         return self._guide(x, t, condition, ["prompt_embeds", "text_embeds", "time_ids"], call)
 
@@ -229,12 +249,12 @@ class StableDiffusion3Policy(PipelinePolicy):
 
     def _size(self, height, width):
         height, width = super()._size(height, width)
-        return _multiples(height, width, self._scale() * self.denoiser.config.patch_size)
+        return _multiples(height, width, self._scale() * self.base.config.patch_size)
 
     def _timestep_options(self, sampling):
         if not self.pipe.scheduler.config.get("use_dynamic_shifting"):
             return {}
-        patch = self._scale() * self.denoiser.config.patch_size
+        patch = self._scale() * self.base.config.patch_size
         tokens = (self.height // patch) * (self.width // patch)
         return {"mu": _shift(self.pipe.scheduler, tokens, 1.16)}
 
@@ -256,12 +276,13 @@ class StableDiffusion3Policy(PipelinePolicy):
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         def call(x, t, c):
-            return self.denoiser(
+            return self._network(
+                c,
                 hidden_states=x,
                 timestep=t,
                 encoder_hidden_states=c["prompt_embeds"],
                 pooled_projections=c["pooled"],
-            ).sample
+            )
 
         return self._guide(x, t, condition, ["prompt_embeds", "pooled"], call)
 
@@ -295,28 +316,31 @@ class FluxPolicy(PipelinePolicy):
 
     def latent_shape(self, condition: Condition) -> tuple[int, ...]:
         h, w = self._grid()
-        return (h * w, self.denoiser.config.in_channels)
+        return (h * w, self.base.config.in_channels)
 
     def initial(self, condition: Condition, generator: Generators = None) -> Tensor:
         # drawn as a map and then packed, as the pipeline does
-        (h, w), channels = self._grid(), self.denoiser.config.in_channels // 4
+        (h, w), channels = self._grid(), self.base.config.in_channels // 4
         shape = (len(condition), channels, 2 * h, 2 * w)
         return self.pipe._pack_latents(randn(shape, generator, device=self.device), *shape)
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         embeds, (h, w) = condition.tensors["prompt_embeds"], self._grid()
-        guidance = None
-        if self.denoiser.config.guidance_embeds:
-            guidance = torch.full((len(x),), self.guidance_scale, device=x.device)
-        return self.denoiser(
+        return self._network(
+            condition.tensors,
             hidden_states=x,
             timestep=t.to(x.dtype) / 1000,
-            guidance=guidance,
+            guidance=self._guidance_input(self.base, x),
             pooled_projections=condition.tensors["pooled"],
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device, dtype=x.dtype),
             img_ids=self.pipe._prepare_latent_image_ids(len(x), h, w, x.device, x.dtype),
-        ).sample
+        )
+
+    def _guidance_input(self, network: torch.nn.Module, x: Tensor) -> Tensor | None:
+        if not network.config.guidance_embeds:
+            return None
+        return torch.full((len(x),), self.guidance_scale, device=x.device)
 
     def decode(self, x0: Tensor, condition: Condition) -> Samples:
         x0 = self.pipe._unpack_latents(x0, self.height, self.width, self._scale())

@@ -1,5 +1,6 @@
 """Gaussian kernels against diffusers' schedulers, torch's distributions and closed forms."""
 
+import dataclasses
 import math
 
 import pytest
@@ -325,6 +326,83 @@ def test_denoising_loss_is_that_of_the_conditional_prediction():
     plain = Zero(kernel).denoising_loss(*args, sample_generators(0, 1, 1))
     torch.testing.assert_close(policy.denoising_loss(*args, sample_generators(0, 1, 1)), plain)
     assert policy.guided and policy.step_law(*args[:1], 0, args[1]).x0.mean() < -3
+
+
+class Knowing(GaussianPolicy):
+    """A network that knows x0, and so answers exactly, whatever it is asked for."""
+
+    def __init__(self, kernel, x0, prediction):
+        self.kernel = dataclasses.replace(kernel, prediction=prediction)
+        self.denoiser = torch.nn.Linear(1, 1)
+        self.known = x0
+
+    def predict(self, x, t, condition):
+        if self.kernel.prediction == "flow":
+            s = (t / 1000).view(-1, 1, 1)
+            return (x - self.known) / s
+        ab = self.kernel.alphas_cumprod[t].view(-1, 1, 1)
+        eps = (x - ab.sqrt() * self.known) / (1 - ab).sqrt()
+        return {
+            "epsilon": eps,
+            "sample": self.known,
+            "v_prediction": ab.sqrt() * eps - (1 - ab).sqrt() * self.known,
+        }[self.kernel.prediction]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_denoise_finds_what_the_network_knows(prediction):
+    """At every time, with an error of nothing; of another x0, the error is known in closed form."""
+    flow = prediction == "flow"
+    scheduler = FlowMatchEulerDiscreteScheduler() if flow else DDIMScheduler(clip_sample=False)
+    kernel = kernel_of(scheduler, "flow_renoise" if flow else "ddim", 4)
+    x0, eps = torch.randn(2, 5, 3, 4)
+    policy = Knowing(kernel, x0, prediction)
+    u = torch.tensor([0.02, 0.3, 0.5, 0.9, 0.999])
+    args = eps, Condition([""] * 5)
+    found, error = policy.denoise(x0, u, *args)
+    torch.testing.assert_close(found, x0, rtol=1e-3, atol=1e-3)
+    assert error.abs().max() < 1e-6
+    # a network convinced of x0 + 1, by the target that its answer misses
+    policy.known = x0 + 1
+    found, error = policy.denoise(x0, u, *args)
+    torch.testing.assert_close(found, x0 + 1, rtol=1e-3, atol=1e-3)
+    a2 = DDIMScheduler().alphas_cumprod[(u * 1000).long()]
+    missed = {
+        "epsilon": a2 / (1 - a2), "sample": torch.ones(5), "v_prediction": 1 / (1 - a2),
+        "flow": 1 / u**2,
+    }[prediction]  # fmt: skip
+    torch.testing.assert_close(error, missed, rtol=1e-3, atol=1e-4)
+    if not flow:
+        policy.kernel = dataclasses.replace(policy.kernel, clip=0.3)
+        clipped, same = policy.denoise(x0, u, *args)
+        torch.testing.assert_close(clipped, found.clamp(-0.3, 0.3))
+        torch.testing.assert_close(same, error)  # of what is trained, not of what is clipped
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_denoising_loss_is_the_textbooks(prediction):
+    """Written out again, with the times and the noise of the same generators."""
+    flow = prediction == "flow"
+    scheduler = FlowMatchEulerDiscreteScheduler() if flow else DDIMScheduler(clip_sample=False)
+    kernel = kernel_of(scheduler, "flow_renoise" if flow else "ddim", 4)
+    x0, other = torch.randn(2, 3, 3, 4)
+    policy = Knowing(kernel, other, prediction)
+    loss = policy.denoising_loss(x0, Condition([""] * 3), sample_generators(1, 3, 1))
+    generators = sample_generators(1, 3, 1)
+    u = torch.special.ndtr(torch.cat([torch.randn(1, 1, generator=g) for g in generators])[:, 0])
+    eps = torch.cat([torch.randn(1, 3, 4, generator=g) for g in generators])
+    for j in range(3):
+        if flow:
+            a, s, t = 1 - u[j], u[j], 1000 * u[j]
+        else:
+            t = (1000 * u[j]).long()
+            a, s = scheduler.alphas_cumprod[t] ** 0.5, (1 - scheduler.alphas_cumprod[t]) ** 0.5
+        x = a * x0[j] + s * eps[j]
+        target = {"epsilon": eps[j], "sample": x0[j], "v_prediction": a * eps[j] - s * x0[j],
+                  "flow": eps[j] - x0[j]}[prediction]  # fmt: skip
+        policy.known = other[j : j + 1]
+        output = policy.predict(x[None], t[None], None)[0]
+        torch.testing.assert_close(loss[j], (output - target).square().mean(), rtol=1e-4, atol=1e-5)
 
 
 def test_denoising_loss_of_half_precision_latents_stays_on_the_schedule():
