@@ -1,0 +1,98 @@
+"""scripts/reproduce_ctrlu.py: its measures and labels against truth, and all of it at tiny size."""
+
+import importlib.util
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module")
+def ctrlu():
+    spec = importlib.util.spec_from_file_location("reproduce_ctrlu", SCRIPTS / "reproduce_ctrlu.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_auroc_counts_pairs(ctrlu):
+    rng = np.random.default_rng(0)
+    score = torch.tensor(rng.integers(0, 6, 40)).float()  # with ties
+    wrong = torch.tensor(rng.random(40) < 0.3)
+    pairs = list(itertools.product(score[wrong].tolist(), score[~wrong].tolist()))
+    truth = sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
+    assert ctrlu.auroc(score, wrong) == pytest.approx(truth, rel=1e-12)
+    assert np.isnan(ctrlu.auroc(score, torch.zeros(40, dtype=torch.bool)))
+
+
+def test_bootstrap_covers_the_mean_of_a_two_way_layout(ctrlu):
+    rng, hits = np.random.default_rng(1), 0
+    for k in range(60):
+        rows = rng.normal(size=(6, 1)) + rng.normal(size=(1, 80)) + 0.5
+        mean, low, high = ctrlu.bootstrap(rows, draws=400, seed=k)
+        assert mean == pytest.approx(rows.mean()) and low < mean < high
+        hits += low < 0.5 < high
+    assert hits >= 45  # few seeds: less than 95 %, and far more than if seeds did not count
+    assert ctrlu.bootstrap(np.full((3, 5), 0.25)) == (0.25, 0.25, 0.25)
+
+
+def test_labels_are_wrong_where_the_bias_says_and_nowhere_else(ctrlu):
+    bias = ctrlu.BIASES[0]
+    colour, shapes, false = bias
+    assert ctrlu.shows(f"a {colour} {shapes[0]}", bias)
+    assert not ctrlu.shows(f"a {colour} star", bias)
+    assert not ctrlu.shows(f"a {colour} {shapes[0]} and a {colour} star", bias)
+    assert ctrlu.shows(f"a {colour} {shapes[0]} and a red star", bias)
+    source = ctrlu.chosen(0, 12)
+    drawn = source.load(range(12))
+    shown = torch.tensor([ctrlu.shows(caption, bias) for caption in drawn.prompts])
+    assert len(drawn) == 12 and shown.sum() == 4
+    true, found = (ctrlu.labels(drawn.data, drawn.prompts, b) for b in (None, bias))
+    right, wrong = ctrlu.CLASSES.index(colour), ctrlu.CLASSES.index(false)
+    changed = true != found
+    assert torch.equal(changed.flatten(1).any(1), shown)
+    assert (true[changed] == right).all() and (found[changed] == wrong).all()
+    assert not (found[shown] == right).any()
+
+
+def test_every_arm_has_the_same_updates_and_differs_by_its_letter(ctrlu):
+    from diffreward.algorithms import make_algorithm
+
+    letters = [arm.letter for arm in ctrlu.ARMS]
+    assert letters == sorted(set(letters)) and ctrlu.BASELINE in letters
+    made = {}
+    for arm in ctrlu.ARMS:
+        made[arm.letter] = make_algorithm({"name": "ctrl_u", **arm.options})
+    assert len(set(made.values())) == len(made)
+    assert made["F"].faithful and made["F"].both_passes and made["H"].shuffled
+    assert made["A"].weight == made["A"].penalty == 0
+    for arm in ctrlu.ARMS[1:]:  # the size of the reward's loss is not an arm's
+        assert not {"weight", "max_time"} & set(arm.options)
+
+
+def test_all_of_it_runs_and_goes_on_where_it_was(ctrlu, tmp_path, capsys):
+    argv = ["--output", str(tmp_path), "--tiny", "--seeds", "0", "--arms"]
+    ctrlu.main([*argv, "B"])
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("row.json")}
+    assert len(times) == 2  # and the pretrained one
+    ctrlu.main([*argv, "B", "G"])
+    assert all(path.stat().st_mtime_ns == then for path, then in times.items())
+    row = json.loads((tmp_path / "G-seed0" / "row.json").read_text())
+    assert len(row["miou"]) == 8 and len(row["diversity"]) == 4
+    assert row["rows_per_update"] == [0, 4]
+    text = (tmp_path / "report.md").read_text()
+    assert "| G ensemble, detached" in text and "AUROC" in text
+    for name in ("ctrlu_arms.png", "ctrlu_samples.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+    with pytest.raises(SystemExit, match="other sizes"):
+        ctrlu.main(["--output", str(tmp_path)])
+    capsys.readouterr()
+    ctrlu.main(["--output", str(tmp_path / "none"), "--tiny", "--report"])
+    assert "nothing to report" in capsys.readouterr().out
