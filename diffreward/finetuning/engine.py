@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffreward.algorithms import Algorithm, History, make_algorithm
-from diffreward.controlled import ControlledImages
+from diffreward.controlled import ControlledImages, read_controlled
 from diffreward.files import environment, plain
 from diffreward.finetuning.checkpoint import (
     MAY_DIFFER,
@@ -152,10 +152,10 @@ def finetune(
     prompts: Sequence[str] = ("",),
     *,
     preferences: str | Path | Preferences | None = None,
-    data: ControlledImages | None = None,
+    data: str | Path | ControlledImages | None = None,
     judges: Sequence[Any] = (),
     eval_prompts: Sequence[str] | None = None,
-    eval_data: ControlledImages | None = None,
+    eval_data: str | Path | ControlledImages | None = None,
     training: Training | None = None,
     output: str | Path | None = None,
     resume: str | Path | int | None = None,
@@ -174,9 +174,10 @@ def finetune(
         preferences: a data set to learn from in place of own samples, see `diffreward.preferences`,
             for "dpo" and "kto". Prompts are its own, a prompt's samples are its pair (or single
             sample), and the reward only reports; the "reward" of an iteration is the mean label.
-        data: captioned pictures, see `diffreward.controlled.read_controlled`, in place of prompts:
-            their captions and control images are what is conditioned on, and "ctrl_u" learns from
-            the pictures.
+        data: captioned pictures in place of prompts: what
+            `diffreward.controlled.read_controlled` gives, or, if control images come with them,
+            its source. Captions and control images are what is conditioned on, and "ctrl_u" learns
+            from the pictures.
         judges: held-out rewards, which only report.
         eval_prompts: to evaluate on; None: the first ``prompts_per_update`` of ``prompts``.
         eval_data: the same with ``data``.
@@ -206,7 +207,10 @@ def finetune(
             raise ValueError(
                 "prompts come with the data; give only one of prompts, preferences and data"
             )
+        data = read_controlled(data) if isinstance(data, str | Path) else data
         prompts = data.prompts
+    if isinstance(eval_data, str | Path):
+        eval_data = read_controlled(eval_data)
     if training is None:
         few = {"prompts_per_update": min(Training().prompts_per_update, max(1, len(prompts)))}
         options = {**few, **options}

@@ -285,6 +285,22 @@ def test_prompts_come_once(data, tmp_path):
         train(data, policy=policy, eval_prompts=["a"], eval_data=data)
 
 
+def test_data_with_control_images_is_named(data, manifest):
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    path = manifest.parent / "controlled.jsonl"  # the next picture is the control image
+    others = [row["image"] for row in rows[1:] + rows[:1]]
+    named = [{**row, "control": other} for row, other in zip(rows, others, strict=True)]
+    path.write_text("\n".join(map(json.dumps, named)))
+    first, one = train(read_controlled(path), iterations=1)
+    second, other = train(str(path), iterations=1, eval_data=path)
+    assert [r["loss"] for r in one.metrics] == [r["loss"] for r in other.metrics]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(first).values(), weights(second).values(), strict=True)
+    )
+    assert other.before.prompts == [row["text"] for row in rows]
+
+
 def test_a_model_without_control_refuses_control_images(data):
     with pytest.raises(ValueError, match="takes prompts only, but control came"):
         train(data, policy=plain())
