@@ -560,7 +560,29 @@ FAMILIES = {
 }
 
 
-OF_IMAGES = [file for file in CONFIGS if file not in OF_SEQUENCES]
+OF_CONTROL = [file for file in CONFIGS if file.stem.startswith("ctrlu")]
+OF_IMAGES = [file for file in CONFIGS if file not in (*OF_SEQUENCES, *OF_CONTROL)]
+
+
+@pytest.mark.parametrize("file", OF_CONTROL, ids=lambda file: file.stem)
+def test_every_config_with_control_images_runs(file):
+    """As configured, on the embedded models, but for the numbers; the card's words load it."""
+    argv = ["--config", str(file), "--output", "run", "--model.num_steps", "2"]
+    argv += ["--data.count", "4", "--eval_data.count", "2"]
+    small = {"iterations": 1, "prompts_per_update": 2, "eval_samples": 1, "loggers": "[]"}
+    for name, value in small.items():
+        argv += [f"--training.{name}", str(value)]
+    assert main(["finetune", *argv]) == 0
+    (row,) = [row for row in lines(Path("run/metrics.jsonl")) if "diffusion_loss" in row]
+    assert row["pixel_weight"] <= 1 and row["backward_rows"] == 2
+    judged = lines(Path("run/samples/iteration-000001.jsonl"))
+    assert len(judged) == 2 and Path("run/before_after.png").exists()
+    code = Path("run/README.md").read_text().split("```python\n")[1].split("```")[0]
+    found: dict = {}
+    exec(code.replace("'final'", "'run/final'"), found)
+    trained = found["policy"].denoiser.state_dict()
+    before = load_policy("embedded:emoji", controlnet="embedded:controlnet").denoiser.state_dict()
+    assert any(not torch.equal(before[name], w) for name, w in trained.items())
 
 
 @pytest.mark.parametrize("file", OF_IMAGES, ids=lambda file: file.stem)

@@ -17,6 +17,7 @@ from diffreward.config import (
     read_prompts,
     to_yaml,
 )
+from diffreward.controlled import read_controlled
 from diffreward.finetuning import Guard, LoRA, Training
 from diffreward.finetuning.batches import Batches
 from diffreward.rewards.base import find_reward
@@ -27,7 +28,10 @@ FINETUNE_CONFIGS = [file for file in CONFIGS if file.parent.name == "finetune"]
 
 
 # whose numbers were measured where they run
-MEASURED = ("embedded", "drakes_protein", "drakes_dna", "dragon_frechet", "dragon_vendi")
+MEASURED = (
+    "embedded", "drakes_protein", "drakes_dna", "dragon_frechet", "dragon_vendi", "ctrlu_edges",
+    "ctrlu_segmentation",
+)  # fmt: skip
 
 
 def steer_config(*argv: str) -> SteerConfig:
@@ -262,6 +266,10 @@ def test_config_of_finetuning_fits_together(file):
     config = finetune_config("--config", str(file))
     prompts, algorithm = read_prompts(config.prompts), make_algorithm(config.algorithm)
     training = config.training
+    if config.data is not None:
+        source = {"source": config.data} if isinstance(config.data, str) else config.data
+        prompts = read_controlled(**source).prompts
+    assert algorithm.family != "pathwise" or not algorithm.needs_data or config.data is not None
     Batches(
         training.prompts_per_update, training.samples_per_prompt, algorithm.minibatches,
         1, training.max_batch, len(prompts),

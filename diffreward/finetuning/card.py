@@ -34,6 +34,8 @@ class Card:
         prompts: training prompts: how many, or from where.
         loading: Python code that loads the result; None: `loading_code`.
         note: one more sentence, say why the run stopped early.
+        controller: of a model with control images, the option that loads what reads them
+            ("controlnet", "adapter"), its value, and which network was trained ("control", "base").
     """
 
     model: str
@@ -45,6 +47,7 @@ class Card:
     prompts: str = ""
     loading: str | None = None
     note: str = ""
+    controller: tuple[str, str, str] | None = None
 
 
 def front_matter(card: Card, *, sequences: bool = False) -> str:
@@ -86,6 +89,19 @@ def loading_code(card: Card, *, sequences: bool = False) -> str:
             return "\n".join([*lines, 'load_lora(policy, "final", fuse=True)'])
         lines[:1] = ["from safetensors.torch import load_model", "", lines[0]]
         return "\n".join([*lines, 'load_model(policy.denoiser, "final/model.safetensors")'])
+    if card.controller is not None:
+        kind, own, trained = card.controller
+        model, final = repr(card.model), {kind: own}
+        if card.method == "lora":
+            final["lora"] = "final"
+        elif trained == "control":
+            final[kind] = "final"
+        else:
+            model = '"final"'
+        if trained == "base":
+            final["train"] = "base"
+        options = ", ".join(f"{name}={value!r}" for name, value in final.items())
+        return f"from diffreward import load_policy\n\npolicy = load_policy({model}, {options})"
     if card.model.startswith("embedded:") and card.method == "lora":
         return (
             f"from diffreward import load_policy\n\n"

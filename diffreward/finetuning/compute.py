@@ -1,6 +1,6 @@
 """What a run costs, counted in samples through the networks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,12 +19,11 @@ class Compute:
             hook.remove()
 
     def _count(self, network, inputs, output) -> None:
-        while not isinstance(output, Tensor):  # of a ControlNet, lists of residuals
-            output = output[0]
-        if torch.is_grad_enabled() and output.requires_grad:
-            self.backward += len(output)
+        tensors = list(_tensors(output))  # of a ControlNet several, not all with a gradient
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            self.backward += len(tensors[0])
         else:
-            self.forward += len(output)
+            self.forward += len(tensors[0])
 
     def counts(self) -> list[int]:
         """Rows without gradient, and with: the latter cost about three times as much."""
@@ -32,3 +31,11 @@ class Compute:
 
     def restore(self, counts: Sequence[int]) -> None:
         self.forward, self.backward = counts
+
+
+def _tensors(output) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif output is not None:
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)

@@ -398,7 +398,11 @@ class Engine:
         self.trainable.save(self.folder / "final")
         if not self.team.is_main:
             return
-        model = self.settings.get("model", {}).get("spec") or self.settings["policy"]["type"]
+        given, controller = self.settings.get("model", {}), None
+        model = given.get("spec") or self.settings["policy"]["type"]
+        if hasattr(self.policy, "controller"):
+            kind = self.policy.kind
+            controller = kind, given.get(kind) or "...", self.policy.trained
         self.record.finish(
             Card(
                 model=model,
@@ -409,6 +413,7 @@ class Engine:
                 prompts=f"{len(self.prompts)} prompts",
                 options=asdict(self.given) | _training_options(self.training),
                 note="The guard stopped the run." if stopped else "",
+                controller=controller,
             )
         )
         if self.hub is not None:

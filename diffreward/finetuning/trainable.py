@@ -304,7 +304,8 @@ def _add_lora(
     cuda = [p.device for p in network.parameters() if p.is_cuda][:1]
     with torch.random.fork_rng(cuda):
         torch.manual_seed(seed)
-        if hasattr(network, "add_adapter"):
+        # of diffusers; transformers' own asks for a peft newer than there may be, and does no more
+        if hasattr(network, "load_lora_adapter"):
             network.add_adapter(config, adapter_name=ADAPTER)
         else:
             inject_adapter_in_model(config, network, ADAPTER)

@@ -16,6 +16,7 @@ from diffreward.algorithms import make_algorithm
 from diffreward.cli import main
 from diffreward.controlled import read_controlled
 from diffreward.finetuning import Training, engine, figures, finetune
+from diffreward.finetuning.card import Card, loading_code
 from diffreward.finetuning.checks import check_data, check_image_gradient, check_run
 from diffreward.finetuning.engine import Engine
 from diffreward.finetuning.monitor import Evaluation
@@ -243,6 +244,20 @@ def test_the_base_network_can_be_trained_instead(data):
 
 
 # -- what is refused -----------------------------------------------------------------------------
+
+
+def test_the_card_says_how_a_trained_controlnet_is_loaded():
+    def code(method, trained):
+        card = Card("embedded:emoji", "CtrlU", "r", 1, method,
+                    controller=("controlnet", "embedded:controlnet", trained))  # fmt: skip
+        return loading_code(card).splitlines()[-1]
+
+    assert code("full", "control") == ("policy = load_policy('embedded:emoji', controlnet='final')")
+    assert "'embedded:emoji', controlnet='embedded:controlnet', lora='final')" in code(
+        "lora", "control"
+    )
+    assert "(\"final\", controlnet='embedded:controlnet', train='base')" in code("full", "base")
+    assert "lora='final', train='base')" in code("lora", "base")
 
 
 def test_what_needs_pictures_and_has_none(data):

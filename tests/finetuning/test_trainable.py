@@ -614,6 +614,18 @@ def test_failed_save_damages_nothing(family, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["final"]
 
 
+def _peft_is_too_old():
+    """Whether transformers, which loads LoRAs of text encoders, refuses the peft that is there."""
+    from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
+
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError:
+        return True
+    return False
+
+
+@pytest.mark.skipif(_peft_is_too_old(), reason="transformers wants a newer peft for text encoders")
 def test_fusing_takes_text_encoders_too(tmp_path):
     """Others' LoRAs may have them."""
     layers, metadata = {}, {}
