@@ -875,7 +875,7 @@ def plot_samples(rows: list[dict], output: Path, each: int = 2) -> None:
     sizes = json.loads((output / "sizes.json").read_text())["image"] if paths else {}
     if not paths:
         return
-    figure = Figure(figsize=(9, 0.62 * len(paths)), layout="constrained")
+    figure = Figure(figsize=(10.5, 0.62 * len(paths)), layout="constrained")
     axes = figure.subplots(len(paths), 1, squeeze=False)[:, 0]
     for axis, (title, path) in zip(axes, paths.items(), strict=True):
         data = load_data(path).unflatten(0, (sizes["prompts"], -1))[:, :each].flatten(0, 1)
