@@ -1,6 +1,6 @@
 """DRAGON's table in shape: twenty rewards, and what training on each does to all the others.
 
-    python scripts/reproduce_dragon.py --output runs/dragon            # 2 core hours; resumable
+    python scripts/reproduce_dragon.py --output runs/dragon            # 1.5 core hours; resumable
     python scripts/reproduce_dragon.py --output runs/dragon --report   # tables and figures only
     python scripts/reproduce_dragon.py --output runs/tiny --tiny       # a minute: does it run
     python scripts/reproduce_dragon.py --only frechet_clip_warm dna_oracle --seeds 0 1
