@@ -85,7 +85,7 @@ class Gaussian:
             ValueError: fewer than 2 rows, a row that is not finite, or a shrinkage out of range.
         """
         mean, centred, total = _centred(features, weights)
-        covariance = centred.mT @ centred / (total - 1)
+        covariance = gram(centred) / (total - 1)
         return cls(mean, shrunk(covariance, shrinkage), len(features))
 
     @property
@@ -111,6 +111,14 @@ class Gaussian:
         if "root" in self.__dict__:
             moved.__dict__["root"] = self.root.to(device)
         return moved
+
+
+def gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+    """rows^T rows; on a CPU, and without a gradient, by numpy, whose BLAS computes half of it."""
+    if rows.device.type != "cpu" or (torch.is_grad_enabled() and rows.requires_grad):
+        return rows.mT @ rows
+    array = rows.detach().numpy()
+    return torch.from_numpy(array.T @ array)
 
 
 class Moments:
@@ -143,7 +151,7 @@ class Moments:
                 part = _checked(part)
                 mean = part.mean(dim=0)
                 centred = part - mean
-                self._join(len(part), mean, centred.mT @ centred)
+                self._join(len(part), mean, gram(centred))
         return self
 
     def merge(self, other: "Moments") -> "Moments":
@@ -293,7 +301,7 @@ def frechet_without(
         # Without row j, the scatter loses n / (n - 1) of x_j x_j^T, x_j centred.
         roots = root_trace_without(values, n / (n - 1) * left.square()) / math.sqrt(n - 2)
     else:
-        scatter, roots = centred.mT @ centred, []
+        scatter, roots = gram(centred), []
         for rows in centred.split(max(1, 2**22 // d**2)):
             less = n / (n - 1) * rows[:, :, None] * rows[:, None, :]
             covariance = shrunk((scatter - less) / (n - 2), shrinkage)
@@ -438,7 +446,7 @@ def left_vectors(rows: Float[Tensor, "n k"]) -> tuple[Float[Tensor, "n r"], Floa
         values, left = torch.linalg.eigh(rows @ rows.mT)
         kept = values > negligible(values, k)
         return left[:, kept], values[kept]
-    values, right = torch.linalg.eigh(rows.mT @ rows)
+    values, right = torch.linalg.eigh(gram(rows))
     kept = values > negligible(values, n)
     return rows @ right[:, kept] / values[kept].sqrt(), values[kept]
 

@@ -26,6 +26,7 @@ from diffreward.rewards.distribution import (
     load_features,
 )
 from diffreward.rewards.gaussians import (
+    gram,
     left_vectors,
     negligible,
     remainder,
@@ -316,7 +317,7 @@ class Vendi(FeatureReward):
         roots = (weights / weights.sum()).sqrt()[:, None]
         if self._in_features(features):
             rows = roots * self._units(features)
-            values = torch.linalg.eigvalsh(rows.mT @ rows)
+            values = torch.linalg.eigvalsh(gram(rows))
         else:
             values = torch.linalg.eigvalsh(roots * self._kernels(features) * roots.mT)
             self._check_spectrum(values.detach())
@@ -369,7 +370,7 @@ class Vendi(FeatureReward):
         for j in range(n):
             if narrow:
                 rows = torch.cat([matrix[:j], matrix[j + 1 :]])
-                rest = rows.mT @ rows
+                rest = gram(rows)
             else:
                 others = torch.arange(n, device=matrix.device) != j
                 rest = matrix[others][:, others]
