@@ -782,6 +782,8 @@ class Engine:
         else:
             condition = self.conditions.take(few)
             noise = self.policy.initial(condition, sample_generators(0, 1, len(few)))
+            if not noise.is_floating_point():  # tokens, which have no gradient
+                return
             samples = self.policy.decode(noise, condition)
         if samples.modality == "image":
             check_image_gradient(self.reward, samples)

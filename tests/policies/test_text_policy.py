@@ -194,10 +194,10 @@ def test_network_that_counts_its_masks_takes_no_relaxed_tokens():
 
 
 def test_adapters_of_the_embedding_are_in_relaxed_logits():
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    policy = policy_of(model=network())
-    policy.denoiser.add_adapter(LoraConfig(r=2, target_modules=["word_embeddings"]))
+    policy = policy_of(model=network())  # as finetuning does it, whatever peft transformers wants
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["word_embeddings"]), policy.denoiser)
     for name, p in policy.denoiser.named_parameters():
         if "lora" in name:
             torch.nn.init.normal_(p)
