@@ -11,7 +11,7 @@ import torch
 from picture_files import folder_of, picture, pixels
 
 from diffreward.cli import main
-from diffreward.rewards import RewardInfo, SetReward, evaluate_set, make_reward
+from diffreward.rewards import RewardInfo, SetReward, evaluate_set, exemplars, make_reward
 from diffreward.rewards.distribution import Frechet
 from diffreward.rewards.encoders import make_encoder, register_encoder
 from diffreward.rewards.gaussians import Gaussian
@@ -315,6 +315,7 @@ def test_features_are_not_computed_again_after_an_interruption(here, photos):
     rewards = ["contrast", FRECHET, VENDI]
     options = {"reference": photos, "batch_size": 2, "shard_rows": 4, "influence": True}
     whole = score("f", rewards, out="whole.parquet", **options)
+    exemplars._RECENT.clear()  # as in a new process
     before = embedded()
 
     def stop(samples):
@@ -327,6 +328,7 @@ def test_features_are_not_computed_again_after_an_interruption(here, photos):
     assert len(list(Path("o.parquet.parts").glob("*.safetensors"))) == 2
     assert not os.path.exists("o.parquet") and not os.path.exists("o.parquet.sets.json")
     FAIL.clear()
+    exemplars._RECENT.clear()
     before = embedded()
     found = score("f", rewards, out="o.parquet", **options)
     assert found.computed == 6 and embedded() - before == 12 + 6
