@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -36,7 +37,7 @@ TRAINED = ("control", "base")
 _OUTPUTS = re.compile(r"controlnet_(\w+_)?blocks?\.")  # a ControlNet's last layers, born zero
 
 
-class ControlledPolicy(PipelinePolicy):
+class ControlledPolicy(PipelinePolicy, ABC):
     """A `PipelinePolicy` with a controller; subclasses say how it is called.
 
     Args:
@@ -81,14 +82,14 @@ class ControlledPolicy(PipelinePolicy):
         return self.denoiser if self.trained == "control" else self._controller
 
     @property
+    @abstractmethod
     def control_channels(self) -> int:
         """How many a control image has."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def fresh(base: nn.Module, pipe: Any) -> nn.Module:
         """A new controller that fits a base network, to be trained."""
-        raise NotImplementedError
 
     def encode(self, prompts: Sequence[str], *, control: Any = None, **inputs) -> Condition:
         """Prompts and their control images.
@@ -179,13 +180,13 @@ class ControlledPolicy(PipelinePolicy):
                 "layers of controlnet_..._blocks in lora.targets, too"
             )
 
+    @abstractmethod
     def _check_fit(self) -> None:
         """Refuse a controller that does not fit the base network.
 
         Raises:
             ValueError: naming the first thing that differs.
         """
-        raise NotImplementedError
 
     def _misfit(self, why: str) -> ValueError:
         return ValueError(
