@@ -55,9 +55,10 @@ examples:
 def steer(argv: Sequence[str]) -> int:
     """Steer a model's samples towards a reward; compare with plain samples and best-of-N."""
     config = parse(SteerConfig, argv, "diffreward steer", STEER_EXAMPLES)
-    prompts = read_prompts(config.prompts)
+    prompts = given = read_prompts(config.prompts)
 
     from diffreward import report, steering
+    from diffreward.controlled import read_controlled
     from diffreward.files import environment, run_folder
     from diffreward.policies import load_policy
     from diffreward.rewards import make_reward
@@ -66,17 +67,27 @@ def steer(argv: Sequence[str]) -> int:
         with refusals():  # whatever can be refused is refused before the model is loaded
             guide = make_reward(config.reward)
             _check_options(config, guide)
-            judges = _judges(config, guide, prompts)
+            data, inputs = _read(read_controlled, "data", config.data), {}
+            if data is not None:
+                prompts = data.prompts
+            judges = _judges(config, guide, prompts, data)
             say(f"loading {config.model.spec}")
             policy = load_policy(config.model.spec, **config.model.arguments())
+            if data is not None:
+                if not hasattr(policy, "height"):
+                    raise ValueError(f"data are captioned pictures; {config.model.spec} draws none")
+                inputs = data.resized(policy.height, policy.width).load(range(len(data))).context
+            policy.encode(prompts[:1], **{name: each[:1] for name, each in inputs.items()})
         started = time.monotonic()
-        result = steering.steer(policy, guide, prompts, seed=config.seed, **vars(config.steer))
+        result = steering.steer(
+            policy, guide, prompts, seed=config.seed, inputs=inputs, **vars(config.steer)
+        )
         seconds = round(time.monotonic() - started, 1)
         found = report.SteeringReport(
             prompts, result, guide.info.name, judges, policy.num_steps, config.steer.ess_threshold
         )
         about = environment(policy.device, seed=config.seed, seconds=seconds)
-        first = found.write(folder, to_yaml(replace(config, prompts=prompts)), about)
+        first = found.write(folder, to_yaml(replace(config, prompts=given)), about)
     print(f"{found.summary()}\n\n{found.roots()}; {seconds:.0f} s\nsee {first}")
     return 0
 
@@ -93,7 +104,7 @@ def _check_options(config: SteerConfig, guide) -> None:
     check_options(guide, uncertainty=fk.uncertainty, **options)
 
 
-def _judges(config: SteerConfig, guide, prompts: list[str]) -> dict:
+def _judges(config: SteerConfig, guide, prompts: list[str], data) -> dict:
     """Label -> held-out reward and which prompts it can judge; a useless one is left out."""
     import torch
 
@@ -101,7 +112,9 @@ def _judges(config: SteerConfig, guide, prompts: list[str]) -> dict:
     from diffreward.rewards.combine import distinct
     from diffreward.samples import Samples
 
-    blank, judges = Samples(torch.ones(1, 3, 64, 64), "image", [""]), {}
+    control = {} if data is None else data.load([0]).context
+    size = control["control"].shape[2:] if control else (64, 64)
+    blank, judges = Samples(torch.ones(1, 3, *size), "image", [""], control), {}
     kind = guide.info.modality
     for spec in config.judges:
         if spec == config.reward:

@@ -155,6 +155,8 @@ class SteerConfig:
         judges: held-out rewards, which only report.
         prompts: a prompt, a list of them, or a file: .txt with one per line, .jsonl with a
             "prompt" per line; "embedded:prompts/scenes.jsonl" is one of the package's own.
+        data: captioned pictures in place of prompts, for models with control images; as of
+            finetune.
         steer: how it is steered.
         seed: every particle's noise follows from the seed, its prompt's place and its own.
         output: folder for the results, which must not exist; null: a new one under runs/.
@@ -166,6 +168,7 @@ class SteerConfig:
         default_factory=lambda: ["clip_judge", "shapes_checker"]
     )
     prompts: str | list[str] = field(default_factory=lambda: list(PROMPTS))
+    data: str | dict[str, Any] | None = None
     steer: SteeringConfig = field(default_factory=SteeringConfig)
     seed: int = 0
     output: str | None = None

@@ -44,6 +44,7 @@ class ControlledImages:
         extractor: reads control images off pictures; None: they come with the data, or the model
             takes none.
         size: height and width to which pictures are scaled and cut; None: as they are.
+        interpolate: whether control images that come with the data are scaled smoothly.
         about: what the data set was read from, for a run's record.
     """
 
@@ -53,6 +54,7 @@ class ControlledImages:
     names: list[str]
     extractor: Any
     size: tuple[int, int] | None = None
+    interpolate: bool = True
     about: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -77,15 +79,18 @@ class ControlledImages:
         images = self._open(self.pictures, indices)
         context = {}
         if self.controls is not None:
-            context["control"] = self._open(self.controls, indices)
+            context["control"] = self._open(self.controls, indices, self.interpolate)
         elif self.extractor is not None:
             with torch.no_grad():
                 context["control"] = self.extractor.control(images)
         return Samples(images, "image", [self.prompts[i] for i in indices], context)
 
-    def _open(self, what: list[Any], indices: Sequence[int]) -> Float[Tensor, "b 3 h w"]:
+    def _open(
+        self, what: list[Any], indices: Sequence[int], interpolate: bool = True
+    ) -> Float[Tensor, "b 3 h w"]:
         found = [_scene(what[i], self.size) if isinstance(what[i], int)
-                 else open_image(what[i], self.names[i], self.size) for i in indices]  # fmt: skip
+                 else open_image(what[i], self.names[i], self.size, interpolate)
+                 for i in indices]  # fmt: skip
         for i, each in zip(indices, found, strict=True):
             if each.shape != found[0].shape:
                 raise ValueError(
@@ -102,6 +107,7 @@ def read_controlled(
     size: Sequence[int] | None = None,
     count: int | None = None,
     first: int = 0,
+    interpolate: bool = True,
 ) -> ControlledImages:
     """Read and check a data set of captioned pictures; they are looked for, but not opened.
 
@@ -111,6 +117,8 @@ def read_controlled(
         size: height and width.
         count: how many; None: all, or 1024 scenes.
         first: how many to pass over before.
+        interpolate: whether the column's control images are scaled smoothly; False for classes,
+            whose colours must not be mixed.
 
     Raises:
         FileNotFoundError: the file is not there, or an image that it names: the message has its
@@ -134,7 +142,7 @@ def read_controlled(
         numbers = range(first, first + (1024 if count is None else count))
         prompts = [_drawn(number)[0].caption() for number in numbers]
         names = [f"scene {number}" for number in numbers]
-        return ControlledImages(prompts, list(numbers), None, names, extractor, size, about)
+        return ControlledImages(prompts, list(numbers), None, names, extractor, size, about=about)
     path = Path(source)
     path = path / "metadata.jsonl" if path.is_dir() else path
     rows, columns = read_rows(path, ("image", "file_name", "control", *CAPTIONS), "pictures")
@@ -150,10 +158,14 @@ def read_controlled(
             f"{path} has a column 'control', and control images are to be read off the pictures, "
             "too; leave one of the two out"
         )
+    if not interpolate and "control" not in columns:
+        raise ValueError(f"interpolate=False is of a column 'control', and {path} has none")
     rows = rows[first : None if count is None else first + count]
     if not rows:
         raise ValueError(f"{path} has no rows" + (f" beyond the first {first}" if first else ""))
     names = [f"{path}, row {number}" for number in range(first + 1, first + 1 + len(rows))]
+    if not interpolate:
+        about["interpolate"] = False
     about["digest"] = _digest(
         row.get(name) for row in rows for name in (caption, picture, "control")
     )
@@ -165,7 +177,9 @@ def read_controlled(
         prompts.append(row[caption])
         if "control" in columns:
             controls.append(_file(row.get("control"), path, f"{where}: 'control'"))
-    return ControlledImages(prompts, pictures, controls or None, names, extractor, size, about)
+    return ControlledImages(
+        prompts, pictures, controls or None, names, extractor, size, interpolate, about
+    )
 
 
 def _file(value: Any, path: Path, where: str) -> str | bytes:

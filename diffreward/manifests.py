@@ -61,8 +61,9 @@ def read_rows(
 
 
 def open_image(
-    data: str | Path | bytes, where: str, size: tuple[int, int] | None = None
-) -> Float[Tensor, "3 h w"]:
+    data: str | Path | bytes, where: str, size: tuple[int, int] | None = None,
+    interpolate: bool = True,
+) -> Float[Tensor, "3 h w"]:  # fmt: skip
     """A picture, RGB in [0, 1], upright.
 
     Args:
@@ -70,6 +71,7 @@ def open_image(
         where: it is named, for messages.
         size: height and width to which it is scaled, and cut around its middle if it has another
             shape; None: as it is.
+        interpolate: False: every pixel keeps a colour that was there, as classes must.
 
     Raises:
         ValueError: it cannot be opened.
@@ -80,5 +82,6 @@ def open_image(
     except (OSError, ValueError, Image.DecompressionBombError) as err:
         raise ValueError(f"{where} cannot be opened as an image: {err}") from None
     if size is not None:
-        image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
+        filter = Image.Resampling.LANCZOS if interpolate else Image.Resampling.NEAREST
+        image = ImageOps.fit(image, (size[1], size[0]), filter)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

@@ -181,7 +181,11 @@ class SteeringReport:
     # -- pictures -----------------------------------------------------------------------------
 
     def grid(self, most: int = 24) -> Image.Image:
-        """Prompts down, ways of sampling across; the first ``most`` prompts."""
+        """Prompts down, ways of sampling across; the first ``most`` prompts.
+
+        Control images come first, where samples have any.
+        """
+        controls = self.steered.samples.context.get("control")
 
         def cell(arm: Arm, p: int, particle: int) -> Cell:
             scores = [(label, s[p, particle].item()) for label, s in arm.scores.items()]
@@ -197,8 +201,11 @@ class SteeringReport:
                     cell(self.plain, p, int(self.plain.best[p])),
                     *cells,
                 ]
+            if controls is not None:
+                cells.insert(0, Cell(controls[p * self.k]))
             rows.append((prompt, cells))
-        return image_grid(self.columns, rows)
+        columns = self.columns if controls is None else ["control", *self.columns]
+        return image_grid(columns, rows)
 
     def fasta(self) -> str:
         """Each prompt's steered best, then all plain sequences, with their rewards.

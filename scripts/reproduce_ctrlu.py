@@ -32,7 +32,7 @@ import argparse
 import copy
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -606,12 +606,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=letters, default=letters, metavar="LETTER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tiny", action="store_true", help="a minute: to see that it runs")
+    parser.add_argument("--weight", type=float, help="mu of all arms")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--report", action="store_true", help="only report what is there")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     sizes = TINY if args.tiny else FULL
+    if args.weight is not None:
+        sizes = replace(sizes, weight=args.weight)
     lab, path = Lab(args.output, sizes), args.output / "sizes.json"
     if not path.exists():
         write_text(path, json.dumps(asdict(sizes), indent=2) + "\n")

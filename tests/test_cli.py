@@ -16,6 +16,7 @@ import diffreward
 from diffreward import policies, report
 from diffreward.cli import VERBS, main
 from diffreward.config import ScoreConfig, SteerConfig, lists_of_words, parse
+from diffreward.controlled import read_controlled
 from diffreward.doctor import Finding
 from diffreward.rewards import available_rewards, evaluate, make_reward
 from diffreward.samples import Samples, to_tokens
@@ -119,6 +120,53 @@ def test_judges_of_one_name_are_told_apart(painter, capsys):
     assert main(["steer", *QUICK, "--judges", judges]) == 0
     out = capsys.readouterr().out
     assert "target_color 2 (held out)" in out and "target_color 3 (held out)" in out
+
+
+# -- control images ------------------------------------------------------------------------------
+
+CONTROLNET = ["--model.controlnet", "embedded:controlnet", "--model.num_steps", "2"]
+SCENES = "{source: embedded:scenes, control: edges, first: 3, count: 2}"
+OF_EDGES = ["--reward", "control_edges", "--judges", "[control_ssim]", "--data", SCENES]
+
+
+def test_steer_takes_control_images(capsys):
+    argv = [*CONTROLNET, *OF_EDGES, "--steer.num_particles", "2"]
+    assert main(["steer", *argv, "--output", "one"]) == 0
+    assert "control_ssim (held out)" in capsys.readouterr().out
+    policy = diffreward.load_policy("embedded:emoji", controlnet="embedded:controlnet", num_steps=2)
+    data = read_controlled("embedded:scenes", "edges", first=3, count=2)
+    scenes = data.load([0, 1])
+    found = diffreward.steer(
+        policy, "control_edges", scenes.prompts, inputs=scenes.context, num_particles=2,
+        best_of_n=True,
+    )  # fmt: skip
+    rows = lines(Path("one/scores.jsonl"))
+    assert [row["prompt"] for row in rows[::2]] == 2 * scenes.prompts
+    scores = [row["score"] for row in rows if row["arm"] == "steered"]
+    assert scores == found.scores.value.tolist()
+    with Image.open("one/grid.png") as image:
+        assert image.width > 4 * 208  # the control image, and three ways of sampling
+    assert main(["steer", "--config", "one/config.yaml", "--output", "two"]) == 0
+    assert Path("one/scores.jsonl").read_bytes() == Path("two/scores.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([*CONTROLNET, *QUICK[:4]], "the command line: data"),
+        (OF_EDGES, "for a control image, load it with controlnet"),
+        ([*OF_EDGES[:2], "--data.source", "missing.jsonl"], "there is no file missing.jsonl"),
+        (
+            [*OF_EDGES[:2], "--data", "{source: embedded:scenes, colour: red}"],
+            "there is source, control",
+        ),
+        ([*OF_EDGES, "--model.spec", UBIQUITIN], "captioned pictures"),
+    ],
+)
+def test_control_images_that_do_not_fit_the_model_are_refused(argv, message, capsys):
+    assert main(["steer", *argv, "--output", "run"]) == 2
+    out, err = capsys.readouterr()
+    assert message in err and not out and not Path("run").exists()
 
 
 # -- what is refused ----------------------------------------------------------------------------

@@ -145,6 +145,27 @@ def test_pictures_and_control_images_are_scaled_and_cut(tmp_path):
     assert found.size is None
 
 
+def test_classes_are_scaled_without_mixing_their_colours(tmp_path, rows):
+    classes = np.random.default_rng(0).choice([20, 90, 250], (9, 9, 1)).repeat(3, 2)
+    Image.fromarray(classes.astype(np.uint8)).save(tmp_path / "classes.png")
+    row = rows[0] | {"control": "classes.png"}
+    path = jsonl(tmp_path / "d.jsonl", [row])
+    known = colours_of(read_controlled(path).load([0]).context["control"])
+    assert len(known) == 3
+    for size in (5, 20):
+        smooth = read_controlled(path, size=(size, size)).load([0]).context["control"]
+        found = read_controlled(path, size=(size, size), interpolate=False)
+        assert colours_of(found.load([0]).context["control"]) <= known
+        assert len(colours_of(smooth) - known) > 5
+    assert found.about["interpolate"] is False and "interpolate" not in read_controlled(path).about
+    with pytest.raises(ValueError, match="interpolate=False is of a column 'control'"):
+        read_controlled(jsonl(tmp_path / "e.jsonl", rows), "edges", interpolate=False)
+
+
+def colours_of(images):
+    return set(map(tuple, images.movedim(1, -1).reshape(-1, 3).tolist()))
+
+
 def test_first_and_count(tmp_path, rows):
     path = jsonl(tmp_path / "d.jsonl", rows)
     assert read_controlled(path, first=1).prompts == ["caption b", "caption c"]

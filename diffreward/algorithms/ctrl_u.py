@@ -25,6 +25,7 @@ Differences, and why:
   published.
 - the gradient of lambda U reaches the first prediction alone (``penalty_gradient``), the second
   being a teacher, so that it needs no graph; published: both.
+- readings are made in full precision, whatever the network's: rounding would count as uncertainty.
 - the reward is of the first prediction, as in the authors' code; the paper's figure has both
   (``both_passes``).
 - U may come from elsewhere (``uncertainty``): several readers of one picture say where *they* are
@@ -65,14 +66,14 @@ class CtrlU(PathwiseAlgorithm):
         max_time: t_thr, as a fraction of the training times; predictions from more noise are not
             rewarded.
         uncertainty: where U comes from: two_timesteps; members, tta or dropout of the reward; null:
-            nowhere, which is ControlNet++.
+            nowhere, which is ControlNet++. Of members, the first is the one that is rewarded, and
+            U is how far the others are from it.
         interval: dt, as a fraction of the training times.
         tau: U that lowers a pixel's weight to 1/e, in units of U.
         weigh: whether pixels are weighted at all.
         penalty: lambda.
         penalty_gradient: which predictions the gradient of the penalty reaches: primary (the
-            first), both, or none. Of other sources than two_timesteps, both opinions are of one
-            picture, and primary stops it at the second opinion.
+            first), both, or none. The opinions of members, tta and dropout are all of the first.
         both_passes: both predictions are rewarded and have a diffusion loss, each with the other as
             its second.
         shuffled: weights change places within a picture at random: a control for what weighting
@@ -171,8 +172,9 @@ class CtrlU(PathwiseAlgorithm):
 
     @property
     def _others_learn(self) -> bool:
-        """Whether the gradient of U reaches opinions that others are compared with."""
-        return self.faithful or (self.penalty > 0 and self.penalty_gradient == "both")
+        """Whether the gradient of U reaches opinions that the first is compared with."""
+        reached = ("both",) if self.uncertainty == "two_timesteps" else ("primary", "both")
+        return self.faithful or (self.penalty > 0 and self.penalty_gradient in reached)
 
     @property
     def _second_learns(self) -> bool:
@@ -213,7 +215,8 @@ class CtrlU(PathwiseAlgorithm):
         own = condition.take(at)
         with _grad_if(bool(rewarded.any())):
             samples = [policy.decode(x[at], own) for x in predictions]
-            maps = self._maps(_reading(reward, score), samples, generator, at)
+            with torch.autocast(x0.device.type, enabled=False):
+                maps = self._maps(_reading(reward, score), samples, generator, at)
         if rewarded.any():
             extra = self.weight * maps.reward_loss + self.penalty * maps.penalty
             loss = loss.index_add(0, at.to(loss.device), extra.to(loss))
@@ -264,10 +267,9 @@ class CtrlU(PathwiseAlgorithm):
 
     def _uncertainty(self, reading, opinion: Tensor, others: list[Tensor]) -> Tensor:
         """U of each pixel, with as much of a graph as the penalty asks for."""
-        gradient = "both" if self.faithful else self.penalty_gradient
-        if gradient == "primary":
+        if not self._others_learn:
             others = [other.detach() for other in others]
-        with _grad_if(gradient != "none"):
+        with _grad_if(self.faithful or self.penalty_gradient != "none"):
             return torch.stack([reading.divergence(o, opinion) for o in others]).mean(0)
 
 

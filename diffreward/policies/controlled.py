@@ -122,7 +122,7 @@ class ControlledPolicy(PipelinePolicy, ABC):
             raise ValueError(
                 f"this model is conditioned on a control image for each prompt, and none came; "
                 f"encode(prompts, control=...) takes {wanted} (steer: inputs={{'control': ...}}; "
-                "finetune: data)"
+                "finetune, and the command line: data)"
             )
         if not isinstance(control, Tensor) or control.ndim != 4:
             came = tuple(control.shape) if isinstance(control, Tensor) else type(control).__name__

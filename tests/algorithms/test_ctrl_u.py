@@ -159,7 +159,8 @@ def formula(theta, held, options):
 
     reached = "both" if o["faithful"] else o["penalty_gradient"]
     mine = held if reached == "none" else theta
-    others = theta if reached == "both" else held
+    whole = ("both",) if o["uncertainty"] == "two_timesteps" else ("primary", "both")
+    others = theta if reached in whole else held
     in_weights = theta if o["faithful"] else held
     total, count = 0, 2 if o["both_passes"] else 1
     for k in range(count):
@@ -237,6 +238,33 @@ def test_whom_the_gradient_of_the_penalty_reaches_matters():
     found += [of(faithful=True), of(both_passes=True), of(weigh=False)]
     for a, b in itertools.combinations(found, 2):
         assert (a - b).abs().max() > 1e-3 * a.abs().max()
+
+
+class Mixing(Extractor):
+    """A convolution in float32, which autocast would compute in bfloat16."""
+
+    name, channels = "mixing", 3
+
+    def __init__(self, seed):
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.weight = torch.randn(3, 3, 1, 1, generator=g)
+
+    def __call__(self, images):
+        return nn.functional.conv2d(images.float(), self.weight)
+
+
+@pytest.mark.parametrize("source", ["two_timesteps", "members"])
+def test_readings_are_in_full_precision_under_autocast(source):
+    reward = ControlReward([Mixing(0), Mixing(1)][: 1 + (source == "members")])
+    algorithm = CtrlU(uncertainty=source, interval=0.1, tau=0.1, max_time=1.0)
+    loss, _, scores, policy = run(algorithm, None, reward)
+    images = data()[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Mixing(0)(images).dtype == torch.bfloat16
+        half, _, theirs, other = run(algorithm, None, reward)
+    assert torch.equal(loss, half) and torch.equal(gradient(loss, policy), gradient(half, other))
+    assert torch.equal(scores.parts["uncertainty"], theirs.parts["uncertainty"])
 
 
 class Later(Toy):
