@@ -153,6 +153,11 @@ class Lockstep:
         # a backward pass down to x goes through blocks that others would not need
         self._turn((number, grad, grad and x.requires_grad))
 
+    def reach(self, output: Tensor) -> None:
+        """The backward pass is to reach a call whether or not the loss depends on it."""
+        if torch.is_grad_enabled():
+            self._idle.append(0.0 * output.sum())
+
     def _turn(self, mine: tuple[int, bool, bool] | None) -> None:
         if self.finished:  # recomputed in the backward pass, in whose order all agree
             return
@@ -193,6 +198,12 @@ class _Matched:
     def step_law(self, x: Tensor, i: int, condition: Condition) -> StepLaw:
         self._lockstep.turn(self._number, x)
         return self._policy.step_law(x, i, condition)
+
+    def denoise(self, x0: Tensor, u: Tensor, eps: Tensor, condition: Condition):
+        self._lockstep.turn(self._number, x0)
+        prediction, error = self._policy.denoise(x0, u, eps, condition)
+        self._lockstep.reach(prediction)
+        return prediction, error
 
     def denoising_loss(self, x0: Tensor, condition: Condition, generator=None) -> Tensor:
         self._lockstep.turn(self._number, x0)

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 run_sharded.py FOLDER
 Each process writes what it found to FOLDER/found-RANK.json; FOLDER/NAME.safetensors are weights.
 """
 
+import io
 import json
 import os
 import signal
@@ -18,7 +19,9 @@ import torch
 
 torch.set_num_threads(1)
 
+import numpy as np  # noqa: E402
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
@@ -26,6 +29,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from diffreward.algorithms import make_algorithm  # noqa: E402
 from diffreward.algorithms.base import PathwiseAlgorithm, TrajectoryAlgorithm  # noqa: E402
+from diffreward.controlled import ControlledImages  # noqa: E402
 from diffreward.finetuning import LoRA, Training  # noqa: E402
 from diffreward.finetuning.engine import Engine  # noqa: E402
 from diffreward.finetuning.sharding import local, whole  # noqa: E402
@@ -102,6 +106,9 @@ class Tiny(GaussianPolicy):
     def decode(self, x0, condition):
         return Samples(torch.sigmoid(x0), "image", list(condition.prompts))
 
+    def encode_samples(self, samples):
+        return torch.logit(samples.data, 1e-3)
+
 
 def red(samples):
     return 10 * (samples.data[:, 0] - samples.data[:, 1]).mean((1, 2))
@@ -135,7 +142,22 @@ class Moody(PathwiseAlgorithm):
         return value - scores.value, samples, scores
 
 
+def pictures() -> ControlledImages:
+    """Of the prompts, 4 x 4, as the bytes of files."""
+    found, rng = [], np.random.default_rng(0)
+    for _ in PROMPTS:
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(stream, "PNG")
+        found.append(stream.getvalue())
+    return ControlledImages(list(PROMPTS), found, None, list(PROMPTS), None)
+
+
 FULL = {"method": "full", "learning_rate": 1e-3}
+# the second prediction is in the loss of some samples alone
+CTRL_U = {
+    "name": "ctrl_u", "max_time": 0.5, "interval": 0.1, "weigh": False, "penalty": 0.5,
+    "penalty_gradient": "both",
+}  # fmt: skip
 RUNS = {
     "prdp": ({"name": "prdp", "passes": 2, "minibatches": 2}, {"ema_decay": 0.5}),
     "one sample": (OneSample(), {}),
@@ -145,6 +167,9 @@ RUNS = {
     "alignprop, full": ({"name": "alignprop", "truncation": "uniform", "checkpoint": True}, FULL),
     "refl": ({"name": "refl", "start": 0.0, "margin": None, "weight": 1.0}, {}),
     "moody, full": (Moody(), FULL),
+    "ctrl_u": (CTRL_U, {}),
+    "ctrl_u, full": (CTRL_U, FULL),
+    "controlnet++": ({"name": "ctrl_u", "uncertainty": None, "max_time": 0.5}, FULL),
     "full": (
         "reinforce",
         {**FULL, "ema_decay": 0.5, "max_grad_norm": 0.1, "activation_checkpointing": True},
@@ -164,8 +189,10 @@ def run(name, folder=None, policy=None, **more):
         "max_batch": 1, "lora": LoRA(rank=2, targets=r"blocks\.[12]\.to_."), **options, **more,
     }  # fmt: skip
     start = options.pop("resume", None)
+    algorithm = make_algorithm(algorithm)
     engine = Engine(
-        policy or Tiny(), make_reward(red), make_algorithm(algorithm), PROMPTS, Training(**options),
+        policy or Tiny(), make_reward(red), algorithm, PROMPTS, Training(**options),
+        data=pictures() if getattr(algorithm, "needs_data", False) else None,
         eval_prompts=EVALUATED, output=folder, resume=start, progress=False,
     )  # fmt: skip
     # not a copy of the network as it is in the course of training
