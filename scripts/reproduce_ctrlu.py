@@ -18,9 +18,10 @@ the first one mislabels.
 
 **Evaluators are never trained on**: the exact colours (`control_miou`), and a larger segmenter
 without bias and of another seed. The *hacking gap* is the mean IoU that the biased segmenter sees
-minus that of the exact colours. Evaluation is on full chains from conditions that no training has
-seen, from the same noise in all arms. Intervals are of differences to ControlNet++ (arm B),
-bootstrapped over conditions and seeds.
+minus that of the exact colours; *there* is the third of the conditions that shows what the first
+segmenter mislabels. Evaluation is on full chains from conditions that no training has seen, from
+the same noise in all arms. Intervals are of differences to ControlNet++ (arm B), bootstrapped over
+conditions and seeds.
 
 **Does U find errors?** On the ControlNet before finetuning, pictures are noised to a time and
 predicted in one step; an error is a pixel of the prediction to which the biased segmenter gives
@@ -33,7 +34,7 @@ import argparse
 import copy
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,8 @@ class Sizes:
     pictures: int = 384
     iterations: int = 40
     batch: int = 16
-    learning_rate: float = 2e-4
-    weight: float = 0.5
+    learning_rate: float = 3e-4
+    weight: float = 1.0
     max_time: float = 0.6
     num_steps: int = 10
     conditions: int = 64
@@ -440,8 +441,9 @@ def probe(lab: Lab, output: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------
 
 MEASURES = {
-    "miou": "mIoU, exact colours", "evaluator": "mIoU, larger segmenter",
-    "biased": "mIoU, biased segmenter", "gap": "hacking gap", "diversity": "diversity",
+    "miou": "mIoU, exact colours", "miou_shown": "there", "evaluator": "mIoU, larger segmenter",
+    "biased": "mIoU, biased segmenter", "gap": "hacking gap", "gap_shown": "there",
+    "diversity": "diversity",
 }  # fmt: skip
 
 
@@ -502,7 +504,8 @@ def tables(found: dict[str, list[dict]], before: dict, samples: int) -> str:
     cost_header = ["arm", "CPU s per update", "rows", "rows with gradient", "mean U", "mean w",
                    "ESS of w"]  # fmt: skip
     parts = [
-        "### Means over seeds, conditions and samples", table(header, means, markdown=True),
+        "### Means over seeds, conditions and samples (there: mislabelled scenes)",
+        table(header, means, markdown=True),
         f"### Differences to {BASELINE} [95 % interval over conditions and seeds]",
         table(["arm", *MEASURES.values()], differences, markdown=True),
         "### What an update costs, and what the weights do",
@@ -537,7 +540,7 @@ def plot(found: dict[str, list[dict]], samples: int, path: Path) -> None:
     reference = {row["seed"]: row for row in found.get(BASELINE, [])}
     arms = [a for a in ARMS if a.letter != BASELINE and found.get(a.letter)]
     figure = Figure(figsize=(11, 1.2 + 0.35 * len(arms)), layout="constrained")
-    names = ("miou", "biased", "gap", "diversity")
+    names = ("miou", "miou_shown", "biased", "gap")
     for axis, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
         for y, arm in enumerate(arms):
             rows = [r for r in found[arm.letter] if r["seed"] in reference]
@@ -547,7 +550,8 @@ def plot(found: dict[str, list[dict]], samples: int, path: Path) -> None:
             mean, low, high = bootstrap(d)
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="C0")
         axis.axvline(0, color="grey", lw=0.8)
-        axis.set(xlabel=f"{MEASURES[name]}, against {BASELINE}")
+        where = ", mislabelled scenes" if name.endswith("_shown") else ""
+        axis.set(xlabel=f"{MEASURES[name.removesuffix('_shown')]}{where}, against {BASELINE}")
         axis.set_yticks(range(len(arms)), [f"{a.letter} {a.title}" for a in arms])
         axis.xaxis.label.set_size(8)
         axis.invert_yaxis()
@@ -577,11 +581,20 @@ def report(args, lab: Lab) -> None:
     if not before.exists():
         print(f"there are no finished runs in {args.output}, so there is nothing to report")
         return
+    shown = np.array([shows(caption, BIASES[0]) for caption in lab.eval.prompts])
+
+    def read(path: Path) -> dict:
+        """A row, and of what the first segmenter mislabels the measures that are called "there"."""
+        row = json.loads(path.read_text())
+        there = {f"{n}_shown": np.array(row[n])[shown.repeat(lab.sizes.samples)]
+                 for n in ("miou", "gap")}  # fmt: skip
+        return row | there
+
     found: dict[str, list[dict]] = {}
     for path in sorted(args.output.glob("?-seed*/row.json")):
-        row = json.loads(path.read_text())
+        row = read(path)
         found.setdefault(row["arm"], []).append(row)
-    texts = [tables(found, json.loads(before.read_text()), lab.sizes.samples)]
+    texts = [tables(found, read(before), lab.sizes.samples)]
     if (path := args.output / "probe.json").exists():
         texts.append(probe_table(json.loads(path.read_text())))
     print(text := "\n\n".join(texts))
@@ -598,15 +611,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=letters, default=letters, metavar="LETTER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tiny", action="store_true", help="a minute: to see that it runs")
-    parser.add_argument("--weight", type=float, help="mu of all arms")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--report", action="store_true", help="only report what is there")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     sizes = TINY if args.tiny else FULL
-    if args.weight is not None:
-        sizes = replace(sizes, weight=args.weight)
     lab, path = Lab(args.output, sizes), args.output / "sizes.json"
     if not path.exists():
         write_text(path, json.dumps(asdict(sizes), indent=2) + "\n")
