@@ -34,7 +34,7 @@ import argparse
 import copy
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from experiment import interval, load, load_data, same_sizes, save_data
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -328,9 +329,9 @@ def replace_context(samples: Samples) -> Samples:
 def perform(lab: Lab, output: Path, arm: Arm | None, seed: int) -> dict[str, Any]:
     """Train an arm (None: nothing), draw, judge; what is there is not done again."""
     name = "pretrained" if arm is None else f"{arm.letter}-seed{seed}"
+    if (found := load(output, name)) is not None:
+        return found
     path = output / name / "row.json"
-    if path.exists():
-        return json.loads(path.read_text())
     row: dict[str, Any] = {"arm": None if arm is None else arm.letter, "seed": seed}
     policy, started = lab.policy(), time.process_time()
     if arm is not None:
@@ -356,8 +357,8 @@ def perform(lab: Lab, output: Path, arm: Arm | None, seed: int) -> dict[str, Any
         }  # fmt: skip
     images = lab.draw(policy)
     row |= lab.judge(images)
-    stored = (images * 255).round().clamp(0, 255).to(torch.uint8).contiguous()
-    write_atomic(path.parent / "samples.safetensors", lambda p: save_file({"data": stored}, p))
+    stored = (images * 255).round().clamp(0, 255).to(torch.uint8)
+    save_data(path.parent / "samples.safetensors", stored)
     write_text(path, json.dumps(plain(row)) + "\n")
     return row
 
@@ -447,19 +448,6 @@ MEASURES = {
 }  # fmt: skip
 
 
-def bootstrap(
-    differences: Float[np.ndarray, "s c"], draws: int = 5000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of paired differences (seeds, conditions), and its 95 % interval over both."""
-    rng = np.random.default_rng(seed)
-    s, c = differences.shape
-    rows = rng.integers(s, size=(draws, s, 1))
-    columns = rng.integers(c, size=(draws, 1, c))
-    means = differences[rows, columns].mean((1, 2))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(differences.mean()), float(low), float(high)
-
-
 def per_condition(row: dict, name: str, samples: int) -> np.ndarray:
     values = np.array(row[name])
     return values if name == "diversity" else values.reshape(-1, samples).mean(1)
@@ -489,7 +477,7 @@ def tables(found: dict[str, list[dict]], before: dict, samples: int) -> str:
                     - per_condition(reference[r["seed"]], name, samples)
                     for r in paired
                 ])  # fmt: skip
-                mean, low, high = bootstrap(d)
+                mean, low, high = interval(d)
                 cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             differences.append([title, *cells])
         curve = {name: np.nanmean([v for r in rows for v in r["curve"].get(name, [])] or [np.nan])
@@ -547,7 +535,7 @@ def plot(found: dict[str, list[dict]], samples: int, path: Path) -> None:
             d = np.stack([per_condition(r, name, samples)
                           - per_condition(reference[r["seed"]], name, samples)
                           for r in rows])  # fmt: skip
-            mean, low, high = bootstrap(d)
+            mean, low, high = interval(d)
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="C0")
         axis.axvline(0, color="grey", lw=0.8)
         where = ", mislabelled scenes" if name.endswith("_shown") else ""
@@ -562,11 +550,11 @@ def grid(lab: Lab, output: Path, found: dict[str, list[dict]], path: Path, most:
     """Conditions down; across the picture it was read off, the pretrained model, and the arms."""
     k = lab.sizes.samples
     columns = {"control": lab.eval.context["control"], "picture": lab.eval.data}
-    columns["pretrained"] = load_file(output / "pretrained" / "samples.safetensors")["data"][::k]
+    columns["pretrained"] = load_data(output / "pretrained" / "samples.safetensors")[::k]
     for arm in ARMS:
         if rows := found.get(arm.letter):
             folder = output / f"{arm.letter}-seed{rows[0]['seed']}"
-            columns[f"{arm.letter}"] = load_file(folder / "samples.safetensors")["data"][::k]
+            columns[f"{arm.letter}"] = load_data(folder / "samples.safetensors")[::k]
     rows = []
     step = max(1, len(lab.eval) // most)
     for i in range(0, len(lab.eval), step):
@@ -617,11 +605,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     sizes = TINY if args.tiny else FULL
-    lab, path = Lab(args.output, sizes), args.output / "sizes.json"
-    if not path.exists():
-        write_text(path, json.dumps(asdict(sizes), indent=2) + "\n")
-    elif json.loads(path.read_text()) != asdict(sizes):
-        raise SystemExit(f"the runs in {args.output} have other sizes; choose another --output")
+    same_sizes(args.output, sizes)
+    lab = Lab(args.output, sizes)
     if not args.report:
         arms = [arm for arm in ARMS if arm.letter in args.arms]
         for arm in arms:  # bad options are refused before anything is computed

@@ -47,15 +47,15 @@ import copy
 import json
 import time
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from experiment import load, load_data, same_sizes, save_data
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -71,7 +71,7 @@ from diffreward import (
     rollout,
     sample_generators,
 )
-from diffreward.files import plain, table, write_atomic, write_text
+from diffreward.files import plain, table, write_text
 from diffreward.finetuning import finetune
 from diffreward.pictures import save_figure
 from diffreward.rewards import SetReward, make_encoder, set_features
@@ -510,14 +510,6 @@ class DNA(Domain):
 DOMAINS = {domain.name: domain for domain in (Images, DNA)}
 
 
-def save_data(path: Path, data: Tensor) -> None:
-    write_atomic(path, lambda p: save_file({"data": data.contiguous()}, p))
-
-
-def load_data(path: Path) -> Tensor:
-    return load_file(path)["data"]
-
-
 # --------------------------------------------------------------------------------------------
 # Runs
 # --------------------------------------------------------------------------------------------
@@ -615,32 +607,15 @@ class Lab:
         return result.policy, found
 
 
-def load(output: Path, run: Run) -> dict | None:
-    path = output / run.name / "row.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def same_sizes(output: Path, sizes: dict[str, Sizes]) -> None:
-    """Refuse to mix runs of different sizes in one folder."""
-    path, now = output / "sizes.json", {name: asdict(s) for name, s in sizes.items()}
-    if not path.exists():
-        write_text(path, json.dumps(now, indent=2) + "\n")
-    elif (then := json.loads(path.read_text())) != now:
-        raise SystemExit(
-            f"the runs in {output} have sizes {then}, but these would have {now}; choose another "
-            "--output"
-        )
-
-
 def perform(args) -> None:
     sizes = TINY if args.tiny else FULL
     same_sizes(args.output, sizes)
     runs = plan(args)
-    left = [run for run in runs if load(args.output, run) is None]
+    left = [run for run in runs if load(args.output, run.name) is None]
     print(f"{len(runs)} runs, {len(runs) - len(left)} done")
     labs: dict[str, Lab] = {}
     for run in tqdm(left, unit="run"):
-        if load(args.output, run) is not None:  # by another process, meanwhile
+        if load(args.output, run.name) is not None:  # by another process, meanwhile
             continue
         if run.domain not in labs:
             labs[run.domain] = Lab(run.domain, sizes[run.domain], args.output)

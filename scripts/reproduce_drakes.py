@@ -49,6 +49,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from experiment import load
 from torch import Tensor
 from tqdm import tqdm
 
@@ -388,7 +389,7 @@ class Lab:
             return run.setting if run.setting is not None else (options or (None,))[0]
         ends = {}
         for option in options:
-            row = load(self.output, Run(run.task, run.method, TUNING_SEED, option))
+            row = load(self.output, Run(run.task, run.method, TUNING_SEED, option).name)
             ends[option] = row["metrics"]["oracle"] if row else -math.inf
         return max(ends, key=ends.get)
 
@@ -467,16 +468,11 @@ class Lab:
         return policy, found | {"kl": result.after.kl.mean().item(), "algorithm": algorithm}
 
 
-def load(output: Path, run: Run) -> dict | None:
-    path = output / run.name / "row.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def perform(args) -> None:
-    left = [run for run in plan(args) if load(args.output, run) is None]
+    left = [run for run in plan(args) if load(args.output, run.name) is None]
     labs: dict[str, Lab] = {}
     for run in tqdm(left, unit="run"):
-        if load(args.output, run) is not None:  # by another process, meanwhile
+        if load(args.output, run.name) is not None:  # by another process, meanwhile
             continue
         if run.task not in labs:
             labs[run.task] = Lab(run.task, sizes_of(run.task, args), args.output)

@@ -43,12 +43,13 @@ import json
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from experiment import interval, load, same_sizes
 from tqdm import tqdm
 
 from diffreward import Samples, evaluate, load_policy, make_reward, rollout, sample_generators
@@ -349,7 +350,7 @@ class Lab:
         experiment = "b" if run.experiment == "c" else run.experiment
         ends = {}
         for rate in self.sizes.grid:
-            row = load(self.output, Run(experiment, run.arm, TUNING_SEED, learning_rate=rate))
+            row = load(self.output, Run(experiment, run.arm, TUNING_SEED, learning_rate=rate).name)
             score = row["marks"].get("compute", {}).get("scores", {}).get(row["reward"])
             ends[rate] = -math.inf if score is None else float(np.mean(score))
         return max(ends, key=ends.get)
@@ -496,28 +497,13 @@ def numbers(evaluation) -> dict:
     }
 
 
-def load(output: Path, run: Run) -> dict | None:
-    path = output / run.name / "row.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def same_sizes(output: Path, sizes: Sizes) -> None:
-    """Refuse to mix runs of different sizes in one folder."""
-    path, now = output / "sizes.json", json.loads(json.dumps(asdict(sizes)))
-    if not path.exists():
-        write_text(path, json.dumps(now, indent=2) + "\n")
-    elif (then := json.loads(path.read_text())) != now:
-        wrong = [f"{k} {then.get(k)} (now {now[k]})" for k in now if then.get(k) != now[k]]
-        raise SystemExit(f"the runs in {output} have {', '.join(wrong)}; choose another --output")
-
-
 def perform(args, sizes: Sizes) -> None:
     same_sizes(args.output, sizes)
     runs = plan(args, sizes)
     if "d" in args.only and not (args.output / "steps.json").exists():
         rows = Lab(args, sizes).steps()
         write_text(args.output / "steps.json", json.dumps(rows, indent=2) + "\n")
-    left = [run for run in runs if load(args.output, run) is None]
+    left = [run for run in runs if load(args.output, run.name) is None]
     print(f"{len(runs)} runs, {len(runs) - len(left)} done")
     if not left:
         return
@@ -547,18 +533,6 @@ def perform(args, sizes: Sizes) -> None:
 # --------------------------------------------------------------------------------------------
 # Report
 # --------------------------------------------------------------------------------------------
-
-
-def interval(d: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
-    """Mean of ``(seeds, prompts)`` and its 95 % interval: both are drawn anew, independently.
-
-    Source: the pigeonhole bootstrap, Owen 2007, arXiv:0704.0756. With three seeds it is rough; with
-    one it knows of prompts alone.
-    """
-    rng = np.random.default_rng(0)
-    seeds, prompts = (rng.multinomial(n, np.full(n, 1 / n), draws) / n for n in d.shape)
-    low, high = np.quantile(np.einsum("rs,sp,rp->r", seeds, d, prompts), [0.025, 0.975])
-    return float(d.mean()), float(low), float(high)
 
 
 def shown(d: np.ndarray) -> str:

@@ -67,17 +67,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from experiment import load, load_data, same_sizes, save_data
 from jaxtyping import Bool, Float
-from reproduce_dragon import (
-    Aesthetics,
-    Head,
-    Images,
-    Rule,
-    correlation,
-    load,
-    load_data,
-    save_data,
-)
+from reproduce_dragon import Aesthetics, Head, Images, Rule, correlation
 from reproduce_dragon import Sizes as DomainSizes
 from torch import Tensor
 from tqdm import tqdm
@@ -418,27 +410,15 @@ class Lab:
         return found, result.particles if plain_run else result.samples
 
 
-def same_sizes(output: Path, sizes: Sizes) -> None:
-    """Refuse to mix runs of different sizes in one folder."""
-    path, now = output / "sizes.json", json.loads(json.dumps(asdict(sizes)))
-    if not path.exists():
-        write_text(path, json.dumps(now, indent=2) + "\n")
-    elif (then := json.loads(path.read_text())) != now:
-        raise SystemExit(
-            f"the runs in {output} have sizes {then}, but these would have {now}; choose another "
-            "--output"
-        )
-
-
 def perform(args) -> None:
     sizes = TINY if args.tiny else FULL
     same_sizes(args.output, sizes)
     runs = plan(args, sizes)
-    left = [run for run in runs if load(args.output, run) is None]
+    left = [run for run in runs if load(args.output, run.name) is None]
     print(f"{len(runs)} runs, {len(runs) - len(left)} done")
     lab = Lab(sizes, args.output)
     for run in tqdm(left, unit="run"):
-        if load(args.output, run) is not None:  # by another process, meanwhile
+        if load(args.output, run.name) is not None:  # by another process, meanwhile
             continue
         row = lab.perform(run)
         if row is None:

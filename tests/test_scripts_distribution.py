@@ -1,32 +1,12 @@
 """The benchmark of set rewards runs, and compares like with like."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
-import pytest
+import bench_distribution as bench
 import torch
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 
-
-@pytest.fixture(scope="module")
-def bench():
-    sys.path.insert(0, str(SCRIPTS))  # as when it is run
-    try:
-        spec = importlib.util.spec_from_file_location(
-            "bench_distribution", SCRIPTS / "bench_distribution.py"
-        )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return module
-
-
-def test_all_ways_give_one_value(bench, capsys):
+def test_all_ways_give_one_value(capsys):
     bench.main(["--tiny", "--no_peaks"])
     found = json.loads(capsys.readouterr().out)
     for part in ("frechet", "vendi"):
@@ -39,13 +19,13 @@ def test_all_ways_give_one_value(bench, capsys):
     assert found["stream"]["5000 of d = 16"]["per_second"] > 0
 
 
-def test_peak_of_a_way(bench, capsys):
+def test_peak_of_a_way(capsys):
     for name in (bench.LOADED, bench.SQRTM, bench.INFLUENCE):
         bench.main(["--parts", "frechet", "--sizes", "30x16", "--peak_of", name])
         assert float(capsys.readouterr().out) > 10
 
 
-def test_stream_is_what_it_says(bench):
+def test_stream_is_what_it_says():
     moments = bench.streamed(2500, 8, 1000)
     rows = bench.embeddings(1000, 8, seed=3)
     rows = torch.cat([rows, rows, rows[:500]]).double()
@@ -53,6 +33,6 @@ def test_stream_is_what_it_says(bench):
     torch.testing.assert_close(moments.gaussian().covariance, torch.cov(rows.T))
 
 
-def test_embeddings_have_a_spectrum(bench):
+def test_embeddings_have_a_spectrum():
     values = torch.linalg.eigvalsh(torch.cov(bench.embeddings(20000, 6, 1).double().T)).flip(0)
     torch.testing.assert_close(values, 1 / torch.arange(1, 7).double(), rtol=0.05, atol=0.0)

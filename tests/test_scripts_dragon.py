@@ -1,30 +1,15 @@
 """The experiment of DRAGON runs, and its win rates and its head are what they are said to be."""
 
 import argparse
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import reproduce_dragon as dragon
 import torch
 
 from diffreward import Samples, evaluate, make_reward
 from diffreward.rewards import SetReward
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-@pytest.fixture(scope="module")
-def dragon():
-    spec = importlib.util.spec_from_file_location(
-        "reproduce_dragon", SCRIPTS / "reproduce_dragon.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 class Total(SetReward):
@@ -42,14 +27,14 @@ class Total(SetReward):
 # -- win rates ----------------------------------------------------------------------------------
 
 
-def test_win_rate_by_hand(dragon):
+def test_win_rate_by_hand():
     after, before = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 2.0, 5.0, 3.0])
     assert dragon.win_rate(after, before) == (1 + 0.5 + 0 + 1) / 4
     assert dragon.win_rate(before, after) == 1 - dragon.win_rate(after, before)
     assert dragon.win_rate(before, before) == 0.5
 
 
-def test_subsets_have_as_many_of_each_prompt(dragon):
+def test_subsets_have_as_many_of_each_prompt():
     rows = dragon.subsets(prompts=3, samples=4, each=2, draws=300)
     assert rows.shape == (300, 6)
     assert all(len(set(r.tolist())) == 6 for r in rows)  # without replacement
@@ -60,7 +45,7 @@ def test_subsets_have_as_many_of_each_prompt(dragon):
     assert torch.equal(dragon.subsets(2, 3, 3, 1).sort().values, torch.arange(6)[None])
 
 
-def test_sets_are_judged_subset_by_subset(dragon):
+def test_sets_are_judged_subset_by_subset():
     data = torch.tensor([[1.0], [2.0], [4.0], [8.0]])
     rows = torch.tensor([[0, 1], [2, 3], [0, 3]])
     found = dragon.judge(Total(), Samples(data[:, :, None, None].repeat(1, 3, 1, 1), "image"), rows)
@@ -73,7 +58,7 @@ def test_sets_are_judged_subset_by_subset(dragon):
     assert found.value == pytest.approx(value(1, 2, 4, 8))
 
 
-def test_samples_are_judged_one_by_one(dragon):
+def test_samples_are_judged_one_by_one():
     images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     reward = make_reward("saturation")
     found = dragon.judge(reward, Samples(images, "image"), torch.zeros(1, 2).long(), batch=2)
@@ -85,7 +70,7 @@ def test_samples_are_judged_one_by_one(dragon):
 # -- ratings and their head ---------------------------------------------------------------------
 
 
-def test_rule_by_hand(dragon):
+def test_rule_by_hand():
     """Grey, flat images have neither colour nor edges."""
     rng = torch.Generator().manual_seed(1)
     images = (
@@ -105,7 +90,7 @@ def test_rule_by_hand(dragon):
     assert (rule.ratings(grey) == 1).all()
 
 
-def test_head_recovers_a_smooth_rule(dragon):
+def test_head_recovers_a_smooth_rule():
     """From noisy, rounded ratings of synthetic features, on features it has not seen."""
     rng = torch.Generator().manual_seed(0)
     x = torch.nn.functional.normalize(torch.randn(400, 6, generator=rng), dim=1)
@@ -120,7 +105,7 @@ def test_head_recovers_a_smooth_rule(dragon):
     assert shuffled(x[300:]).std() < 0.1 * found.std()
 
 
-def test_ridge_is_chosen_by_leaving_one_out(dragon):
+def test_ridge_is_chosen_by_leaving_one_out():
     """The closed form is what refitting without each rating gives."""
     rng = torch.Generator().manual_seed(2)
     x = torch.randn(12, 2, generator=rng, dtype=torch.float64)
@@ -144,7 +129,7 @@ def test_ridge_is_chosen_by_leaving_one_out(dragon):
 # -- plan ---------------------------------------------------------------------------------------
 
 
-def test_twenty_rewards_of_all_families(dragon):
+def test_twenty_rewards_of_all_families():
     targets = dragon.TARGETS
     assert len(targets) == 20
     assert {t.kind for t in targets.values()} == set(dragon.KINDS)
@@ -159,7 +144,7 @@ def test_twenty_rewards_of_all_families(dragon):
     assert not set(dragon.JUDGES) & set(targets)
 
 
-def test_kinds_are_those_of_the_rewards(dragon):
+def test_kinds_are_those_of_the_rewards():
     from diffreward.rewards import available_rewards
 
     known = available_rewards()
@@ -169,7 +154,7 @@ def test_kinds_are_those_of_the_rewards(dragon):
             assert known[name].of_sets == (target.kind == "set"), name
 
 
-def test_plan(dragon):
+def test_plan():
     args = argparse.Namespace(only=list(dragon.TARGETS), arms=list(dragon.ARMS), seeds=[0, 1])
     runs = dragon.plan(args)
     assert len(runs) == len(set(runs)) == 2 * (2 + 20 + 2 * 3)
@@ -182,17 +167,10 @@ def test_plan(dragon):
     ]  # fmt: skip
 
 
-def test_sizes_are_not_mixed(dragon, tmp_path):
-    dragon.same_sizes(tmp_path, dragon.TINY)
-    dragon.same_sizes(tmp_path, dragon.TINY)
-    with pytest.raises(SystemExit, match="choose another --output"):
-        dragon.same_sizes(tmp_path, dragon.FULL)
-
-
 # -- report -------------------------------------------------------------------------------------
 
 
-def fake(dragon, folder, target, arm="dpo", seed=0, domain="image", after=-3.0, **wins):
+def fake(folder, target, arm="dpo", seed=0, domain="image", after=-3.0, **wins):
     """A finished run whose evaluations are 0.25, or what ``wins`` says."""
     run = dragon.Run(domain, target, arm, seed)
     names = [n for n, t in dragon.EVALUATED.items() if t.domain == domain]
@@ -210,14 +188,14 @@ def cells(text, start):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_report_of_known_rows(dragon, tmp_path, capsys):
-    fake(dragon, tmp_path, None, "chance", clip_score=0.5)
-    fake(dragon, tmp_path, "clip_score", clip_score=0.9)
-    fake(dragon, tmp_path, "clip_score", seed=1, clip_score=0.7)
-    fake(dragon, tmp_path, "frechet_clip_warm", frechet_clip_warm=1.0, per_sample_clip_warm=0.4)
-    fake(dragon, tmp_path, "per_sample_clip_warm", after=-2.0, per_sample_clip_warm=0.6)
-    fake(dragon, tmp_path, "frechet_clip_warm", "kto", frechet_clip_warm=0.35)
-    fake(dragon, tmp_path, "dna_oracle", domain="dna", dna_oracle=0.2)
+def test_report_of_known_rows(tmp_path, capsys):
+    fake(tmp_path, None, "chance", clip_score=0.5)
+    fake(tmp_path, "clip_score", clip_score=0.9)
+    fake(tmp_path, "clip_score", seed=1, clip_score=0.7)
+    fake(tmp_path, "frechet_clip_warm", frechet_clip_warm=1.0, per_sample_clip_warm=0.4)
+    fake(tmp_path, "per_sample_clip_warm", after=-2.0, per_sample_clip_warm=0.6)
+    fake(tmp_path, "frechet_clip_warm", "kto", frechet_clip_warm=0.35)
+    fake(tmp_path, "dna_oracle", domain="dna", dna_oracle=0.2)
     dragon.main(["--report", "--output", str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert text.strip() in capsys.readouterr().out
@@ -247,13 +225,13 @@ def test_report_of_known_rows(dragon, tmp_path, capsys):
     assert {"dragon_wins.png", "dragon_cross.png"} <= {p.name for p in tmp_path.iterdir()}
 
 
-def test_report_without_runs_says_so(dragon, tmp_path, capsys):
+def test_report_without_runs_says_so(tmp_path, capsys):
     dragon.main(["--report", "--output", str(tmp_path)])
     assert "nothing to report" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
-def test_interval_over_rewards(dragon):
+def test_interval_over_rewards():
     assert dragon.averaged([0.5, 0.5]) == (0.5, 0.5, 0.5)
     mean, low, high = dragon.averaged([0.0, 1.0] * 50)
     assert mean == 0.5 and (high - low) == pytest.approx(4 * 0.05, rel=0.1)
@@ -263,13 +241,13 @@ def test_interval_over_rewards(dragon):
 
 
 @pytest.fixture(scope="module")
-def done(dragon, tmp_path_factory):
+def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dragon")
     dragon.main(["--tiny", "--only", "dna_oracle", "--output", str(folder)])
     return folder
 
 
-def test_experiment_runs(dragon, done):
+def test_experiment_runs(done):
     sizes, rows = dragon.TINY["dna"], {}
     n = sizes.prompts * sizes.eval_samples
     before = dragon.load_data(done / "dna" / "before-seed0.safetensors")
@@ -293,7 +271,7 @@ def test_experiment_runs(dragon, done):
     assert (done / "report.md").exists() and (done / "dragon_cross.png").exists()
 
 
-def test_what_is_done_is_not_done_again(dragon, done, monkeypatch):
+def test_what_is_done_is_not_done_again(done, monkeypatch):
     rows = {path: path.stat().st_mtime_ns for path in (done / "dna").glob("*/row.json")}
     assert len(rows) == 2
     argv = ["--tiny", "--only", "dna_oracle", "--output", str(done)]
@@ -309,7 +287,7 @@ def test_what_is_done_is_not_done_again(dragon, done, monkeypatch):
         dragon.main(["--only", "dna_oracle", "--output", str(done)])
 
 
-def test_an_untrained_model_wins_half(dragon, tmp_path, monkeypatch):
+def test_an_untrained_model_wins_half(tmp_path, monkeypatch):
     """Both models' samples are from the same noise, and only training makes them differ."""
     monkeypatch.setattr(dragon.Lab, "trained", lambda lab, run: (lab.domain.policy(), {}))
     lab = dragon.Lab("dna", dragon.TINY["dna"], tmp_path)
@@ -323,7 +301,7 @@ def test_an_untrained_model_wins_half(dragon, tmp_path, monkeypatch):
     assert len(data.unique(dim=0)) == len(data)  # no noise twice
 
 
-def test_interrupted_run_leaves_nothing(dragon, tmp_path, monkeypatch, capsys):
+def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dragon.Lab, "trained", lambda lab, run: (None, {}))
     (tmp_path / "dna" / "pretrained-chance-seed0").mkdir(parents=True)
     fake_chance = tmp_path / "dna" / "pretrained-chance-seed0" / "row.json"

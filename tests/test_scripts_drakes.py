@@ -1,40 +1,17 @@
 """The experiment and the benchmark of DRAKES run, and compare like with like."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
+import bench_drakes as bench
+import reproduce_drakes as drakes
 import torch
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-def script(name: str):
-    sys.path.insert(0, str(SCRIPTS))  # as when it is run
-    try:
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return module
-
-
-@pytest.fixture(scope="module")
-def bench():
-    return script("bench_drakes")
-
 
 # -- reproduce_drakes ---------------------------------------------------------------------------
 
 
 def test_experiment_runs_and_counts(tmp_path, capsys):
     """A row of each kind of method; what a sequence costs is known."""
-    drakes = script("reproduce_drakes")
     argv = ["--tiny", "--tasks", "protein", "--seeds", "0", "--output", str(tmp_path)]
     argv += ["--methods", "pretrained", "best_of_k", "cfg", "tds", "svdd", "drakes"]
     drakes.main(argv)
@@ -66,7 +43,6 @@ def test_experiment_runs_and_counts(tmp_path, capsys):
 
 
 def test_grid_chooses_by_the_oracle(tmp_path):
-    drakes = script("reproduce_drakes")
     sizes = replace(drakes.TINY, lmbdas=(1.0, 2.0, 3.0))
     lab = drakes.Lab("protein", sizes, tmp_path)
     for lmbda, oracle in ((1.0, -2.0), (2.0, -1.0), (3.0, -1.5)):
@@ -81,7 +57,7 @@ def test_grid_chooses_by_the_oracle(tmp_path):
 # -- bench_drakes -------------------------------------------------------------------------------
 
 
-def test_bench_runs(bench, capsys):
+def test_bench_runs(capsys):
     bench.main(["--tiny", "--no_peaks"])
     found = json.loads(capsys.readouterr().out)["dna"]
     assert found["update"]["relative difference of gradients"] < 1e-5
@@ -91,7 +67,7 @@ def test_bench_runs(bench, capsys):
     assert set(rates) == {"every call", "reused", "first hitting"} and min(rates.values()) > 0
 
 
-def test_default_is_unbiased(bench):
+def test_default_is_unbiased():
     """Over the draws of early steps, the mean gradient is that of the published procedure."""
     case = bench.Case("dna_tiny", "gc_content", 1, 6, 2)
     work = bench.Update(case, "cpu")

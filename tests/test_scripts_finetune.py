@@ -1,35 +1,20 @@
 """The experiments and benchmarks of finetuning run, and what they compute with is right."""
 
 import copy
-import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 
+import bench_finetune as bench
 import numpy as np
 import pytest
+import reproduce_prdp as prdp
 import tiny
 import torch
-from scipy import stats
 
 from diffreward import load_policy
 from diffreward.policy import Trajectory, path_log_prob
 from diffreward.rewards.shapes import parse
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-prdp, bench = script("reproduce_prdp"), script("bench_finetune")
-
 
 # -- reproduce_prdp ---------------------------------------------------------------------------
 
@@ -169,19 +154,6 @@ def test_full_plan_fits_the_prompts():
                 costs.budgets(run).get("queries", 0) / (p * b),
             )
             assert (iterations + 1) * p <= prdp.FULL.captions
-
-
-def test_interval():
-    """Of one seed, that of a mean over prompts; more seeds that differ widen it."""
-    rng = np.random.default_rng(1)
-    d = rng.normal(0.3, 1.0, (1, 400))
-    mean, low, high = prdp.interval(d)
-    half = stats.t.ppf(0.975, 399) * d.std(ddof=1) / 20
-    assert math.isclose(mean, d.mean()) and math.isclose(high - low, 2 * half, rel_tol=0.1)
-    assert prdp.interval(np.full((3, 8), 0.25)) == pytest.approx((0.25, 0.25, 0.25))
-    apart = d + np.array([[-1.0], [0.0], [1.0]])
-    _, low3, high3 = prdp.interval(apart)
-    assert high3 - low3 > 3 * (high - low)
 
 
 # -- bench_finetune ---------------------------------------------------------------------------

@@ -1,35 +1,15 @@
 """The experiment on uncertain rewards runs, and its numbers are what they are said to be."""
 
 import argparse
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import reproduce_uncertainty as script
 import torch
 
 from diffreward import Samples, evaluate
 from diffreward.rewards.shapes import COLOURS, SHAPES, Item, Scene, render
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))  # as when it is run
-    try:
-        spec = importlib.util.spec_from_file_location(
-            "reproduce_uncertainty", SCRIPTS / "reproduce_uncertainty.py"
-        )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return module
-
 
 # -- the property and the members ---------------------------------------------------------------
 
@@ -39,7 +19,7 @@ def picture(*items):
     return torch.tensor(drawn).permute(2, 0, 1).float() / 255
 
 
-def test_greenish_pictures_are_those_drawn_in_green(script):
+def test_greenish_pictures_are_those_drawn_in_green():
     drawn = {(c, s): picture(Item(s, c)) for c in COLOURS for s in SHAPES}
     found = script.greenish(torch.stack(list(drawn.values())))
     assert found.tolist() == [colour == "green" for colour, _ in drawn]
@@ -48,7 +28,7 @@ def test_greenish_pictures_are_those_drawn_in_green(script):
     assert value.mean().item() == pytest.approx(1 / len(COLOURS))
 
 
-def test_greenish_is_about_the_coloured_pixels(script):
+def test_greenish_is_about_the_coloured_pixels():
     green = torch.tensor(COLOURS["green"])[:, None, None] / 255
     white = torch.ones(3, 8, 8)
     dot, faint, mostly_red = white.clone(), white.clone(), white.clone()
@@ -60,7 +40,7 @@ def test_greenish_is_about_the_coloured_pixels(script):
     assert found.tolist() == [True, False, False, False]
 
 
-def test_the_first_member_overrates_greenish_pictures_and_no_other(script):
+def test_the_first_member_overrates_greenish_pictures_and_no_other():
     """Features in which the property and the ratings can be learnt."""
     rng = torch.Generator().manual_seed(0)
     green = torch.rand(400, generator=rng) < 0.25
@@ -91,7 +71,7 @@ def test_the_first_member_overrates_greenish_pictures_and_no_other(script):
         script.train_members(x, ratings, green, each=100)
 
 
-def test_what_guides_believe(script):
+def test_what_guides_believe():
     scores = {"biased": [4.0, 1.0], "second": [2.0, 1.0], "third": [2.0, 1.0], "fourth": [2.0, 1.0]}
     scores = {name: np.array([v, v]) for name, v in scores.items()}  # two points of two samples
     scores["truth"] = np.zeros((2, 2))
@@ -110,7 +90,7 @@ def test_what_guides_believe(script):
 # -- statistics ---------------------------------------------------------------------------------
 
 
-def test_bootstrap_interval_of_the_mean(script):
+def test_bootstrap_interval_of_the_mean():
     rng = np.random.default_rng(0)
     one = rng.normal(1.0, 2.0, size=(1, 400))
     found = script.averaged(one)
@@ -120,7 +100,7 @@ def test_bootstrap_interval_of_the_mean(script):
     assert script.averaged(np.full((3, 5), 2.0)) == script.Estimate(2.0, 2.0, 2.0)
 
 
-def test_bootstrap_knows_that_seeds_differ(script):
+def test_bootstrap_knows_that_seeds_differ():
     """Seeds that differ by more than their samples do make the interval wide."""
     rng = np.random.default_rng(0)
     seeds = rng.normal(0.0, 1.0, size=(30, 1))
@@ -131,7 +111,7 @@ def test_bootstrap_knows_that_seeds_differ(script):
     np.testing.assert_allclose((15 * weights).round(), 15 * weights, atol=1e-9)  # counts
 
 
-def test_gap_at_equal_true_gain_by_hand(script):
+def test_gap_at_equal_true_gain_by_hand():
     true, gap = np.array([0.0, 1.0, 0.5, 2.0]), np.array([0.0, 0.2, 3.0, 1.2])
     assert script.gap_at(true, gap, 0.0) == 0.0
     assert script.gap_at(true, gap, 0.5) == pytest.approx(0.1)  # on the way up, not back down
@@ -140,7 +120,7 @@ def test_gap_at_equal_true_gain_by_hand(script):
     assert script.gap_at(true, gap, 2.0) == pytest.approx(1.2)
 
 
-def curve(script, true, mean, seeds=(0, 1), units=30, noise=0.01, seed=0):
+def curve(true, mean, seeds=(0, 1), units=30, noise=0.01, seed=0):
     """Of samples that all gain this much, but for a little noise."""
     shape = (len(seeds), units, len(true))
     rng = np.random.default_rng(seed)
@@ -151,37 +131,37 @@ def curve(script, true, mean, seeds=(0, 1), units=30, noise=0.01, seed=0):
     return script.Curve(tuple(seeds), values | {"guide": values["mean"] / 2})
 
 
-def test_gap_is_believed_minus_true_gain(script):
-    found = curve(script, [0, 1, 2], [0, 3, 5], noise=0.0)
+def test_gap_is_believed_minus_true_gain():
+    found = curve([0, 1, 2], [0, 3, 5], noise=0.0)
     np.testing.assert_allclose(found.gain("truth")[0, 0], [0, 1, 2])
     np.testing.assert_allclose(found.gain("gap of the mean")[0, 0], [0, 2, 3])
     np.testing.assert_allclose(found.gain("gap")[0, 0], [0, 0.5, 0.5])
 
 
-def test_arms_are_compared_at_equal_true_gain(script):
-    control = curve(script, [0, 1, 2], [0, 2, 4])  # a gap as large as the true gain
-    slow = script.compare(curve(script, [0, 0.5, 1], [0, 1, 2], seed=1), control)
+def test_arms_are_compared_at_equal_true_gain():
+    control = curve([0, 1, 2], [0, 2, 4])  # a gap as large as the true gain
+    slow = script.compare(curve([0, 0.5, 1], [0, 1, 2], seed=1), control)
     assert slow.level == pytest.approx(1.0, abs=0.02)
     assert slow.at_level == pytest.approx((1.0, 1.0), abs=0.03)
     assert slow.verdict == "gap not told apart; true gain at the end lower"
     assert slow.gap.value == pytest.approx(-1.0, abs=0.02)  # doing less looks better, and is not
-    honest = script.compare(curve(script, [0, 1, 2], [0, 1.5, 3], seed=2), control)
+    honest = script.compare(curve([0, 1, 2], [0, 1.5, 3], seed=2), control)
     assert honest.difference.value == pytest.approx(-1.0, abs=0.03)
     assert honest.verdict == "gap smaller; true gain at the end not told apart"
-    worse = script.compare(curve(script, [0, 1, 3], [0, 3, 9], seed=3), control)
+    worse = script.compare(curve([0, 1, 3], [0, 3, 9], seed=3), control)
     assert worse.verdict == "gap larger; true gain at the end higher"
-    back = script.compare(curve(script, [0, 1.5, 1], [0, 1.5, 3], seed=5), control)
+    back = script.compare(curve([0, 1.5, 1], [0, 1.5, 3], seed=5), control)
     assert back.level == pytest.approx(1.5, abs=0.02)  # reached halfway, and lost again
     assert back.at_level == pytest.approx((0.0, 1.5), abs=0.03)
-    harmful = script.compare(curve(script, [0, -1, -2], [0, 1, 2], seed=4), control)
+    harmful = script.compare(curve([0, -1, -2], [0, 1, 2], seed=4), control)
     assert harmful.level == 0.0 and harmful.at_level == (0.0, 0.0)
     assert harmful.verdict == "gap not told apart; true gain at the end lower"
 
 
-def test_arms_are_compared_on_the_seeds_of_both(script):
-    control = curve(script, [0, 1], [0, 2], seeds=(0, 1))
+def test_arms_are_compared_on_the_seeds_of_both():
+    control = curve([0, 1], [0, 2], seeds=(0, 1))
     control.values["truth"][0, :, 1] += 10  # of seed 0
-    arm = curve(script, [0, 5], [0, 5], seeds=(1, 7), noise=0.0)
+    arm = curve([0, 5], [0, 5], seeds=(1, 7), noise=0.0)
     arm.values["truth"][1] = np.nan  # of seed 7
     found = script.compare(arm, control)
     assert found.true_gain.value == pytest.approx(4.0, abs=0.02)
@@ -190,7 +170,7 @@ def test_arms_are_compared_on_the_seeds_of_both(script):
 # -- plan ---------------------------------------------------------------------------------------
 
 
-def test_plan(script):
+def test_plan():
     args = argparse.Namespace(
         parts=["prdp", "steer"], seeds=[0, 1], only=["mean", "lcb", "terminal_1"]
     )
@@ -204,7 +184,7 @@ def test_plan(script):
     assert [run.part for run in script.plan(args, script.FULL)] == ["prdp"] * 4
 
 
-def test_arms_differ_in_their_guide_or_in_one_use_of_the_std(script):
+def test_arms_differ_in_their_guide_or_in_one_use_of_the_std():
     prdp = script.ARMS["prdp"]
     assert [name for name, arm in prdp.items() if arm.options] == ["mean_weighted"]
     assert script.FULL.prompts % script.FULL.minibatches == 0 == script.FULL.iterations % 2
@@ -212,17 +192,10 @@ def test_arms_differ_in_their_guide_or_in_one_use_of_the_std(script):
         assert sizes.prompts * sizes.rated > len(script.MEMBERS) * sizes.ratings + 2
 
 
-def test_sizes_are_not_mixed(script, tmp_path):
-    script.same_sizes(tmp_path, script.TINY)
-    script.same_sizes(tmp_path, script.TINY)
-    with pytest.raises(SystemExit, match="choose another --output"):
-        script.same_sizes(tmp_path, script.FULL)
-
-
 # -- report -------------------------------------------------------------------------------------
 
 
-def write_row(script, folder, part, arm, seed=0, lmbda=None, **scores):
+def write_row(folder, part, arm, seed=0, lmbda=None, **scores):
     run = script.Run(part, arm, seed, lmbda)
     row = {"part": part, "arm": arm, "seed": seed, "lmbda": lmbda, "roots": 2.0, "seconds": 1.0}
     row |= scores
@@ -241,7 +214,7 @@ def cells(text, start):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_report_of_known_rows(script, tmp_path, capsys):
+def test_report_of_known_rows(tmp_path, capsys):
     before = [3.0, 3.0]
     for arm, end in (("mean", [5.0, 5.0]), ("lcb", [4.0, 4.0])):
         members = [[before, [4.0, 4.0], end]] * 4
@@ -288,7 +261,7 @@ def test_report_of_known_rows(script, tmp_path, capsys):
     assert (tmp_path / "uncertainty.png").stat().st_size > 10_000
 
 
-def test_steering_needs_all_lambdas_of_a_seed(script):
+def test_steering_needs_all_lambdas_of_a_seed():
     def row(arm, seed, lmbda):
         return {
             "arm": arm, "seed": seed, "lmbda": lmbda, "best": [0], "weights": [[0.5, 0.5]],
@@ -302,7 +275,7 @@ def test_steering_needs_all_lambdas_of_a_seed(script):
     np.testing.assert_allclose(found["mean"].values["mean"], [[[1.5, 2.0, 1.0, 1.0]]])
 
 
-def test_report_without_runs_says_so(script, tmp_path, capsys):
+def test_report_without_runs_says_so(tmp_path, capsys):
     script.main(["--report", "--output", str(tmp_path)])
     assert "nothing to report" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -315,13 +288,13 @@ ARGV = ["--tiny", "--only", "mean", "lcb", "terminal_1"]
 
 
 @pytest.fixture(scope="module")
-def done(script, tmp_path_factory):
+def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uncertainty")
     script.main([*ARGV, "--output", str(folder)])
     return folder
 
 
-def test_experiment_runs(script, done):
+def test_experiment_runs(done):
     sizes = script.TINY
     rows = {p.parent.name: json.loads(p.read_text()) for p in done.glob("*/*/row.json")}
     assert len(rows) == 2 + 1 + 2
@@ -346,7 +319,7 @@ def test_experiment_runs(script, done):
     assert "PRDP" in cells((done / "report.md").read_text().split("### Against")[1], "PRDP")[0]
 
 
-def test_scores_are_those_of_the_saved_pictures(script, done):
+def test_scores_are_those_of_the_saved_pictures(done):
     """But for their rounding to 8 bits."""
     row = json.loads((done / "prdp" / "lcb-seed0" / "row.json").read_text())
     data = script.load_data(done / "prdp" / "lcb-seed0" / "samples.safetensors").float() / 255
@@ -358,7 +331,7 @@ def test_scores_are_those_of_the_saved_pictures(script, done):
         )
 
 
-def test_what_is_done_is_not_done_again(script, done, monkeypatch):
+def test_what_is_done_is_not_done_again(done, monkeypatch):
     monkeypatch.setattr(script, "finetune", None)
     monkeypatch.setattr(script, "steer", None)
     script.main([*ARGV, "--output", str(done)])
