@@ -140,6 +140,11 @@ def environment(device: torch.device | str, **more: Any) -> dict[str, Any]:
     }
 
 
+def short(value: float) -> str:
+    """Three decimals; of what is smaller than 0.1, three digits, which rewards like losses need."""
+    return f"{value:.3g}" if 0 < abs(value) < 0.1 else f"{value:.3f}"
+
+
 def table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False,
     numbers: bool = True,

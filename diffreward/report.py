@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from diffreward.files import fasta, plain, table, write_jsonl, write_text
+from diffreward.files import fasta, plain, short, table, write_jsonl, write_text
 from diffreward.pictures import (
     Cell,
     image_grid,
@@ -146,7 +146,7 @@ class SteeringReport:
             if label != self.guide:
                 count, all_of = self.judged[label], len(self.prompts)
                 role = "held out" + (f", {count} of {all_of} prompts" if count < all_of else "")
-            rows.append([f"{label} ({role})", *(f"{mean:.3f}" for mean in self.means(label))])
+            rows.append([f"{label} ({role})", *map(short, self.means(label))])
         return table(["mean reward", *self.columns], rows, markdown=markdown)
 
     def roots(self) -> str:
@@ -189,7 +189,7 @@ class SteeringReport:
 
         def cell(arm: Arm, p: int, particle: int) -> Cell:
             scores = [(label, s[p, particle].item()) for label, s in arm.scores.items()]
-            known = [f"{label} {v:.3f}" for label, v in scores if not math.isnan(v)]
+            known = [f"{label} {short(v)}" for label, v in scores if not math.isnan(v)]
             return Cell(arm.samples.data[p * self.k + particle], tuple(known))
 
         rows = []

@@ -71,6 +71,17 @@ def test_environment_names_versions_but_no_machine():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.5, "0.500"), (-12.3456, "-12.346"), (0.1, "0.100"), (0.0, "0.000"), (math.nan, "nan"),
+        (-0.002538, "-0.00254"), (0.04, "0.04"), (-math.inf, "-inf"), (3e-7, "3e-07"),
+    ],
+)  # fmt: skip
+def test_small_numbers_keep_three_digits(value, shown):
+    assert files.short(value) == shown
+
+
 def test_table():
     shown = files.table(["name", "a"], [["x", "1.0"], ["longer", "-10.0"]])
     assert shown.splitlines() == ["name         a", "x          1.0", "longer   -10.0"]

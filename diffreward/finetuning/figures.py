@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffreward.files import fasta
+from diffreward.files import fasta, short
 from diffreward.finetuning.monitor import Evaluation, paired
 from diffreward.pictures import Cell, image_grid, letter_set, logo_figure
 from diffreward.samples import ALPHABETS, to_strings, written
@@ -112,7 +112,9 @@ def _conditions(evaluation: Evaluation) -> list[Cell] | None:
 
 def _cell(evaluation: Evaluation, images: Tensor, row: int) -> Cell:
     known = [(label, value[row].item()) for label, value in evaluation.scores.items()]
-    return Cell(images[row], tuple(f"{label} {v:.3f}" for label, v in known if not math.isnan(v)))
+    return Cell(
+        images[row], tuple(f"{label} {short(v)}" for label, v in known if not math.isnan(v))
+    )
 
 
 def sample_grid(evaluation: Evaluation, most: int = 16, across: int = 6) -> Image.Image:
