@@ -12,9 +12,9 @@ and weights at random places.
 The embedded ControlNet is finetuned to keep a *segmentation* (colour regions of drawn scenes), by
 the loss of a segmenter that is deliberately **biased**: a small network trained on drawings in
 which two colours have each other's labels (`BIASES`). A model can please it by painting a shape in
-the other colour. A second and a third segmenter have two other colours each; the three are the
-ensemble of the arms that have one. A third of the pictures, in training and evaluation, show what
-the first one mislabels.
+the other colour. A second and a third segmenter mislabel two other colours each. In G, H
+and L they only say where they disagree with the first; in J and K the mean of the three is the
+reward. A third of the pictures, in training and evaluation, show what the first one mislabels.
 
 **Evaluators are never trained on**: the exact colours (`control_miou`), and a larger segmenter
 without bias and of another seed. The *hacking gap* is the mean IoU that the biased segmenter sees
@@ -71,15 +71,12 @@ BIASES: list[Bias] = [("purple", "blue"), ("green", "yellow"), ("red", "orange")
 
 @dataclass(frozen=True)
 class Arm:
-    """A letter, a title, and options of `CtrlU`."""
+    """A letter, a title, options of `CtrlU`, and which segmenters are the reward."""
 
     letter: str
     title: str
     options: dict[str, Any]
-
-    @property
-    def of_members(self) -> bool:
-        return self.options.get("uncertainty") == "members"
+    rewarded: str = "first"
 
 
 _ONE = {"uncertainty": None}
@@ -95,6 +92,9 @@ ARMS = [
     Arm("G", "ensemble, detached", {**_MEMBERS, "penalty": 0.0}),
     Arm("H", "G at random places", {**_MEMBERS, "penalty": 0.0, "shuffled": True}),
     Arm("I", "w only, 50 times apart", {**_TWO, "penalty": 0.0, "interval": 0.05}),
+    Arm("J", "mean of the ensemble", _ONE, "all"),
+    Arm("K", "J weighted by it", {**_MEMBERS, "penalty": 0.0}, "all"),
+    Arm("L", "G with gradient in w", {**_MEMBERS, "penalty": 0.0, "faithful": True}),
 ]
 BASELINE = "B"
 
@@ -234,6 +234,13 @@ def train_segmenter(
 # --------------------------------------------------------------------------------------------
 
 
+class Watched(ControlReward):
+    """The first segmenter is the reward; the others only say where they disagree."""
+
+    def loss_maps(self, predictions, target):
+        return super().loss_maps(predictions, target)[:1]
+
+
 class Lab:
     """Models, data and rewards; what takes long is made once and kept in the folder."""
 
@@ -280,8 +287,10 @@ class Lab:
         return make_extractor({"name": "segmentation", "model": net, "palette": "shapes"})
 
     def reward(self, arm: Arm) -> ControlReward:
-        nets = self.members if arm.of_members else self.members[:1]
-        return ControlReward([self.extractor(net) for net in nets], name="biased_segmenter")
+        whole = arm.rewarded == "all" or arm.options.get("uncertainty") == "members"
+        nets = self.members if whole else self.members[:1]
+        kind = ControlReward if arm.rewarded == "all" else Watched
+        return kind([self.extractor(net) for net in nets], name="segmenters")
 
     @torch.no_grad()
     def draw(self, policy) -> Float[Tensor, "n 3 h w"]:

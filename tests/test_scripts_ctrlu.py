@@ -8,6 +8,9 @@ import pytest
 import reproduce_ctrlu as ctrlu
 import torch
 
+from diffreward import evaluate
+from diffreward.rewards.control import ControlReward
+
 
 def test_auroc_counts_pairs():
     rng = np.random.default_rng(0)
@@ -47,11 +50,31 @@ def test_every_arm_has_the_same_updates_and_differs_by_its_letter():
     made = {}
     for arm in ctrlu.ARMS:
         made[arm.letter] = make_algorithm({"name": "ctrl_u", **arm.options})
-    assert len(set(made.values())) == len(made)
+    assert len({(made[arm.letter], arm.rewarded) for arm in ctrlu.ARMS}) == len(made)
     assert made["F"].faithful and made["F"].both_passes and made["H"].shuffled
     assert made["A"].weight == made["A"].penalty == 0
     for arm in ctrlu.ARMS[1:]:  # the size of the reward's loss is not an arm's
         assert not {"weight", "max_time"} & set(arm.options)
+
+
+def test_who_is_rewarded_and_who_watches(lab):
+    """G is watched by all and rewarded by the first alone; J and K are rewarded by all."""
+    arms = {arm.letter: arm for arm in ctrlu.ARMS}
+    samples = lab.eval
+    alone, watched, whole = (lab.reward(arms[letter]) for letter in "BGK")
+    values = [evaluate(reward, samples) for reward in (alone, watched, whole)]
+    assert torch.equal(values[0].value, values[1].value) and values[1].std is None
+    assert not torch.allclose(values[0].value, values[2].value)
+    opinions = watched.opinions(samples.data, "members")
+    assert len(opinions) == 3 and torch.equal(opinions[0], alone.extract(samples.data))
+    each = [-evaluate(ControlReward(m), samples).value for m in whole.members]
+    torch.testing.assert_close(values[2].value, -sum(each) / 3)
+    assert len(lab.reward(arms["J"]).members) == 3 > len(alone.members)
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return ctrlu.Lab(tmp_path, ctrlu.TINY)
 
 
 def test_all_of_it_runs_and_goes_on_where_it_was(tmp_path, capsys):

@@ -66,8 +66,8 @@ class CtrlU(PathwiseAlgorithm):
         max_time: t_thr, as a fraction of the training times; predictions from more noise are not
             rewarded.
         uncertainty: where U comes from: two_timesteps; members, tta or dropout of the reward; null:
-            nowhere, which is ControlNet++. Of members, the first is the one that is rewarded, and
-            U is how far the others are from it.
+            nowhere, which is ControlNet++. In any case l is the mean of all members' losses; of
+            members, U is how far the others are from the first.
         interval: dt, as a fraction of the training times.
         tau: U that lowers a pixel's weight to 1/e, in units of U.
         weigh: whether pixels are weighted at all.
@@ -236,19 +236,21 @@ class CtrlU(PathwiseAlgorithm):
     def _maps(self, reading, samples: list[Samples], generator: Generators, at: Tensor) -> _Maps:
         """What the reward's loss, its weights and the penalty come to, of each rewarded sample."""
         target = reading.target(samples[0])
-        opinions = [reading.read(each) for each in samples]
-        losses = [reading.loss(opinions[0], target)]
-        if self.both_passes:
-            losses.append(reading.loss(opinions[1], target))
+        opinions = [reading.read(each) for each in samples]  # of each prediction, by all members
         found = []
-        for k, loss in enumerate(losses):
+        for k in range(2 if self.both_passes else 1):
+            loss = torch.stack(reading.losses(opinions[k], target)).mean(0)
             spread = torch.zeros_like(loss)
             if self.uncertainty == "two_timesteps":
-                spread = self._uncertainty(reading, opinions[k], [opinions[1 - k]])
+                pairs = zip(opinions[k], opinions[1 - k], strict=True)
+                parts = [self._uncertainty(reading, own, [other]) for own, other in pairs]
+                spread = torch.stack(parts).mean(0)
+            elif self.uncertainty == "members":
+                spread = self._uncertainty(reading, opinions[k][0], opinions[k][1:])
             elif self.uncertainty is not None:
                 with _grad_if(self._others_learn):
                     others = reading.others(samples[k], self.uncertainty)
-                spread = self._uncertainty(reading, opinions[k], others)
+                spread = self._uncertainty(reading, opinions[k][0], others)
             weight = torch.ones_like(loss)
             if self._weighted:
                 weight = torch.exp(-(spread if self.faithful else spread.detach()) / self.tau)
@@ -314,11 +316,11 @@ class _Pixels:
 
     def __init__(self, reward: ControlReward) -> None:
         self.reward = reward
-        self.target, self.loss = reward.target, reward.loss_map
+        self.target, self.losses = reward.target, reward.loss_maps
         self.divergence, self.mean = reward.divergence, reward.mean
 
-    def read(self, samples: Samples) -> Tensor:
-        return self.reward.extract(samples.data)
+    def read(self, samples: Samples) -> list[Tensor]:
+        return self.reward.read(samples.data)
 
     def others(self, samples: Samples, source: str) -> list[Tensor]:
         return self.reward.opinions(samples.data, source)[1:]
@@ -334,11 +336,11 @@ class _Whole:
     def target(self, samples: Samples) -> None:
         return None
 
-    def read(self, samples: Samples) -> Float[Tensor, "b 1 1"]:
-        return self.score(samples).value[:, None, None]
+    def read(self, samples: Samples) -> list[Float[Tensor, "b 1 1"]]:
+        return [self.score(samples).value[:, None, None]]
 
-    def loss(self, prediction: Tensor, target: None) -> Tensor:
-        return self.upper - prediction
+    def losses(self, predictions: list[Tensor], target: None) -> list[Tensor]:
+        return [self.upper - each for each in predictions]
 
     def divergence(self, a: Tensor, b: Tensor) -> Tensor:
         return (a - b).abs()

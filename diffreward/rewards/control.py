@@ -117,7 +117,8 @@ class ControlReward:
 
     Attributes:
         info: what it needs and gives.
-        members: the extractors, one or more; the first is the one that :meth:`extract` asks.
+        members: the extractors, one or more; the first is the one that :meth:`extract` asks, and
+            from which opinions are measured.
 
     Raises:
         ValueError: no extractor, or extractors of different kinds; see also `make_extractor`.
@@ -156,10 +157,10 @@ class ControlReward:
 
     def __call__(self, samples: Samples) -> Scores:
         target = self.target(samples)
+        maps = self.loss_maps(self.read(samples.data), target)
         losses: dict[str, Tensor] = {}
-        for member in self.members:
-            maps = member.loss(self._read(member, samples.data), target)
-            losses[distinct(member.name, losses)] = self.mean(maps, target)
+        for member, each in zip(self.members, maps, strict=False):
+            losses[distinct(member.name, losses)] = self.mean(each, target)
         if len(losses) == 1:
             (loss,) = losses.values()
             return Scores(-loss)
@@ -182,6 +183,14 @@ class ControlReward:
             ValueError: it declares a gradient to the pictures and gives none.
         """
         return self._read(self.members[0], images)
+
+    def read(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b c h w"]]:
+        """Every member's prediction; the first is :meth:`extract`'s.
+
+        Raises:
+            ValueError: see :meth:`extract`.
+        """
+        return [self._read(member, images) for member in self.members]
 
     def opinions(
         self, images: Float[Tensor, "b 3 h w"], source: str
@@ -208,7 +217,7 @@ class ControlReward:
                     f"reward {self.info.name!r} has one extractor, which says nothing about its "
                     "uncertainty: give a list of them, or use source='tta'"
                 )
-            return [self._read(member, images) for member in self.members]
+            return self.read(images)
         plain = self._read(first, images)
         if source == "tta":
             names = getattr(first, "augmentations", tuple(AUGMENTATIONS))
@@ -218,9 +227,11 @@ class ControlReward:
         with dropout_on(layers, torch.Generator().manual_seed(self.seed), shared=True):
             return [plain, *(self._read(first, images) for _ in range(self.num_passes))]
 
-    def loss_map(self, prediction: Float[Tensor, "b c h w"], target: Tensor) -> Tensor:
-        """The loss at each pixel, ``(b, h, w)``, not negative."""
-        return self.members[0].loss(prediction, target)
+    def loss_maps(
+        self, predictions: Sequence[Float[Tensor, "b c h w"]], target: Tensor
+    ) -> list[Float[Tensor, "b h w"]]:
+        """The loss of each prediction of :meth:`read` at each pixel, not negative."""
+        return [m.loss(each, target) for m, each in zip(self.members, predictions, strict=True)]
 
     def divergence(
         self, second: Float[Tensor, "b c h w"], first: Float[Tensor, "b c h w"]

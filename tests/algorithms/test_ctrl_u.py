@@ -90,6 +90,13 @@ class Plain(Extractor):
 SLOPES = (1.0, 1.6, 0.5)
 
 
+class Watched(ControlReward):
+    """The first extractor is the reward; the others only say where they disagree."""
+
+    def loss_maps(self, predictions, target):
+        return super().loss_maps(predictions, target)[:1]
+
+
 def reward_of(source=None):
     return ControlReward([Squashed(s) for s in (SLOPES if source == "members" else SLOPES[:1])])
 
@@ -164,7 +171,9 @@ def formula(theta, held, options):
     in_weights = theta if o["faithful"] else held
     total, count = 0, 2 if o["both_passes"] else 1
     for k in range(count):
-        off = (torch.tanh(picture(k, theta)) - control).square().mean(1)
+        slopes = SLOPES if o["uncertainty"] == "members" else SLOPES[:1]
+        off = [(torch.tanh(s * picture(k, theta)) - control).square().mean(1) for s in slopes]
+        off = sum(off) / len(off)
         w = torch.ones_like(off)
         if o["weigh"]:
             w = torch.exp(-spread(k, in_weights, in_weights) / o["tau"])
@@ -238,6 +247,29 @@ def test_whom_the_gradient_of_the_penalty_reaches_matters():
     found += [of(faithful=True), of(both_passes=True), of(weigh=False)]
     for a, b in itertools.combinations(found, 2):
         assert (a - b).abs().max() > 1e-3 * a.abs().max()
+
+
+@pytest.mark.parametrize("source", [None, "two_timesteps", "members", "tta"])
+def test_what_is_rewarded_is_the_reward_of_all_members(source):
+    reward, (x0, _) = reward_of("members"), data()
+    algorithm = CtrlU(uncertainty=source, interval=0.1, max_time=1.0)
+    _, samples, scores, policy = run(algorithm, None, reward)
+    expected = evaluate(reward, samples)
+    torch.testing.assert_close(scores.value, expected.value.float())
+    assert not torch.allclose(expected.value, expected.parts["squashed"])
+    plain, *_ = run(CtrlU(uncertainty=None, max_time=1.0), None, reward)
+    theta = policy.denoiser.theta.detach()
+    diffusion = erred(theta, x0, drawn()[0], drawn()[1])
+    torch.testing.assert_close(plain.detach(), diffusion - 0.5 * expected.value, **CLOSE)
+
+
+def test_two_predictions_are_compared_by_all_members():
+    alone = [ControlReward(Squashed(slope)) for slope in SLOPES]
+    algorithm = CtrlU(interval=0.3, max_time=1.0)
+    each = [run(algorithm, None, reward)[2].parts["uncertainty"] for reward in alone]
+    together = run(algorithm, None, reward_of("members"))[2].parts["uncertainty"]
+    torch.testing.assert_close(together, sum(each) / 3)
+    assert not torch.allclose(each[0], each[1])
 
 
 class Mixing(Extractor):
@@ -468,7 +500,8 @@ def test_logged_parts():
         for name, value in expected.items():
             assert scores.parts[name][j].item() == pytest.approx(float(value), rel=1e-5)
             assert not scores.parts[name].requires_grad
-    off = (own - condition.tensors["control"]).square().mean((1, 2, 3))
+    control = condition.tensors["control"]
+    off = sum((each - control).square().mean((1, 2, 3)) for each in (own, *others)) / 3
     torch.testing.assert_close(scores.value, -off.float())
 
 
@@ -496,7 +529,7 @@ def test_shuffled_weights_are_the_same_ones_elsewhere():
     control = torch.zeros_like(x0)
     control[:, :, 1, 2] = 1.0
     condition = Condition([""] * n, {"control": control})
-    reward = ControlReward([Plain(), Plain(places)])
+    reward = Watched([Plain(), Plain(places)])
     options = {"uncertainty": "members", "weight": 1.0, "penalty": 0.0, "max_time": 1.0}
 
     def found(shuffled, own=None):
@@ -743,7 +776,7 @@ def test_learning_ends_at_the_weighted_mean_of_the_control(source):
     x0, condition = data()
     control = condition.tensors["control"]
     off = torch.linspace(0, 3, SIDE * SIDE, dtype=torch.float64).view(1, 1, SIDE, SIDE)
-    reward = ControlReward([Plain(), Plain(off)])
+    reward = Watched([Plain(), Plain(off)])
     w = torch.exp(-off) if source == "members" else torch.ones_like(off)
     expected = (w * control).sum((0, 2, 3)) / (w.sum() * len(x0))
     policy = Flat()
