@@ -25,7 +25,8 @@ conditions and seeds.
 
 **Does U find errors?** On the ControlNet before finetuning, pictures are noised to a time and
 predicted in one step; an error is a pixel of the prediction to which the biased segmenter gives
-another class than its exact colour has. AUROC of each signal against these errors.
+another class than its exact colour has. AUROC of each signal against these errors. And what the
+weights of an ensemble do on the way from the right colour to the one that pleases (`landscape`).
 """
 
 from __future__ import annotations
@@ -446,6 +447,41 @@ def probe(lab: Lab, output: Path) -> dict[str, Any]:
     return found
 
 
+BLENDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+
+
+def landscape(lab: Lab) -> dict[str, list[float]]:
+    """Means over the pixels of one colour, on the way from it to the one that the reward mistakes.
+
+    Pictures of the evaluation, in which the first colour of `BIASES` is blended with the other. A
+    *pull* is minus the derivative of a loss by the share of the wrong colour: above 0, it is
+    painted in.
+    """
+    exact, true = make_extractor("segmentation"), lab.eval.data
+    right, wrong = BIASES[0]
+    marked = exact.target(true) == CLASSES.index(right)
+    rows = marked.flatten(1).any(1).nonzero()[:, 0]
+    images, marked = true[rows], marked[rows]
+    way = torch.tensor([b - a for a, b in zip(COLOURS[right], COLOURS[wrong], strict=True)]) / 255
+    reward = ControlReward([lab.extractor(net) for net in lab.members])
+    target, found = exact.target(images), {"share of the wrong colour": list(BLENDS)}
+    for share in BLENDS:
+        moved = images + share * way.view(1, 3, 1, 1) * marked[:, None]
+        moved = moved.clamp(0, 1).requires_grad_()
+        first, *others = reward.read(moved)
+        loss = reward.loss_maps([first, *others], target)[0]
+        u = torch.stack([reward.divergence(other, first) for other in others]).mean(0)
+        w = torch.exp(-u)
+        values = {"l": loss, "U": u, "w": w, "w l": w * loss}
+        losses = {"no weights": loss, "w": w.detach() * loss, "gradient in w": w * loss}
+        for name, each in losses.items():
+            (slope,) = torch.autograd.grad(each[marked].sum(), moved, retain_graph=True)
+            values[f"pull, {name}"] = -(slope * way.view(1, 3, 1, 1)).sum(1)
+        for name, each in values.items():
+            found.setdefault(name, []).append(each[marked].mean().item())
+    return found
+
+
 # --------------------------------------------------------------------------------------------
 # Report
 # --------------------------------------------------------------------------------------------
@@ -530,6 +566,14 @@ def probe_table(found: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def landscape_table(found: dict[str, list[float]]) -> str:
+    lines = [[f"{x:.3g}" for x in line] for line in zip(*found.values(), strict=True)]
+    return "\n\n".join([
+        f"### From {BIASES[0][0]}, which is asked for, to {BIASES[0][1]}, with the ensemble's U",
+        table(list(found), lines, markdown=True),
+    ])  # fmt: skip
+
+
 def plot(found: dict[str, list[dict]], samples: int, path: Path) -> None:
     """Differences to the baseline with their intervals."""
     from matplotlib.figure import Figure
@@ -594,6 +638,7 @@ def report(args, lab: Lab) -> None:
     texts = [tables(found, read(before), lab.sizes.samples)]
     if (path := args.output / "probe.json").exists():
         texts.append(probe_table(json.loads(path.read_text())))
+        texts.append(landscape_table(landscape(lab)))
     print(text := "\n\n".join(texts))
     write_text(args.output / "report.md", text + "\n")
     if BASELINE in found and len(found) > 1:

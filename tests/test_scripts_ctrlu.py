@@ -9,7 +9,7 @@ import reproduce_ctrlu as ctrlu
 import torch
 
 from diffreward import evaluate
-from diffreward.rewards.control import ControlReward
+from diffreward.rewards.control import ControlReward, make_extractor
 
 
 def test_auroc_counts_pairs():
@@ -70,6 +70,34 @@ def test_who_is_rewarded_and_who_watches(lab):
     each = [-evaluate(ControlReward(m), samples).value for m in whole.members]
     torch.testing.assert_close(values[2].value, -sum(each) / 3)
     assert len(lab.reward(arms["J"]).members) == 3 > len(alone.members)
+
+
+class Swapping(torch.nn.Module):
+    """Reads colours exactly, but for two that have each other's labels."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.order = list(range(len(ctrlu.CLASSES)))
+        a, b = map(ctrlu.CLASSES.index, bias)
+        self.order[a], self.order[b] = b, a
+
+    def forward(self, images):
+        return make_extractor("segmentation")(images)[:, self.order]
+
+
+def test_weights_weaken_the_pull_to_the_wrong_colour_and_do_not_turn_it(lab):
+    """Of readers that are exact but for their bias: the signs are known."""
+    lab.members = [Swapping(bias) for bias in ctrlu.BIASES]
+    lab.eval = ctrlu.chosen(0, 24).load(range(24))
+    found = {name: np.array(values) for name, values in ctrlu.landscape(lab).items()}
+    assert all(len(values) == len(ctrlu.BLENDS) for values in found.values())
+    assert (np.diff(found["l"]) < 0).all()  # the wrong colour pleases the first
+    assert found["U"][0] > 1 > found["U"].min() and found["U"][-1] > 1
+    np.testing.assert_allclose(found["w"].max(), np.exp(-found["U"]).max(), rtol=0.1)
+    plain, held, free = (found[f"pull, {n}"] for n in ("no weights", "w", "gradient in w"))
+    assert (plain > 0).all() and (held > 0).all() and (held < plain).all()
+    assert held[0] < 0.2 * plain[0]
+    assert free[0] < 0 < free[-2]  # what gradients in w would be: a barrier
 
 
 @pytest.fixture
