@@ -582,7 +582,8 @@ def plot(found: dict[str, list[dict]], samples: int, path: Path) -> None:
     arms = [a for a in ARMS if a.letter != BASELINE and found.get(a.letter)]
     figure = Figure(figsize=(11, 1.2 + 0.35 * len(arms)), layout="constrained")
     names = ("miou", "miou_shown", "biased", "gap")
-    for axis, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
+    axes = figure.subplots(1, len(names), sharey=True)
+    for axis, name in zip(axes, names, strict=True):
         for y, arm in enumerate(arms):
             rows = [r for r in found[arm.letter] if r["seed"] in reference]
             d = np.stack([per_condition(r, name, samples)
@@ -591,11 +592,11 @@ def plot(found: dict[str, list[dict]], samples: int, path: Path) -> None:
             mean, low, high = interval(d)
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="C0")
         axis.axvline(0, color="grey", lw=0.8)
-        where = ", mislabelled scenes" if name.endswith("_shown") else ""
-        axis.set(xlabel=f"{MEASURES[name.removesuffix('_shown')]}{where}, against {BASELINE}")
+        where = "mislabelled scenes, " if name.endswith("_shown") else ""
+        axis.set(xlabel=f"{MEASURES[name.removesuffix('_shown')]}\n{where}minus {BASELINE}")
         axis.set_yticks(range(len(arms)), [f"{a.letter} {a.title}" for a in arms])
         axis.xaxis.label.set_size(8)
-        axis.invert_yaxis()
+    axes[0].invert_yaxis()
     save_figure(path, figure)
 
 
