@@ -159,6 +159,17 @@ def test_what_the_finetuning_reads_is_what_the_reward_scores(images):
 # --------------------------------------------------------------------------------------------
 
 
+def test_each_member_compares_in_its_own_way(images):
+    control = torch.rand(4, 3, 64, 64)
+    reward = make_reward({"control": {"extractor": ["luma", {"luma": {"distance": "l1"}}]}})
+    scores = evaluate(reward, shown(images, control))
+    alone = [evaluate(make_reward("control_luma", distance=d), shown(images, control)).value
+             for d in ("mse", "l1")]  # fmt: skip
+    assert (alone[0] - alone[1]).abs().min() > 0.01
+    for found, value in zip(scores.parts.values(), alone, strict=True):
+        torch.testing.assert_close(found, value)
+
+
 def test_opinions_of_members_are_theirs(images):
     reward = ControlReward([Channel(0), Channel(2)])
     red, blue = reward.opinions(images, "members")

@@ -175,11 +175,23 @@ def test_colour_control_images_are_compared_in_colour(images):
     torch.testing.assert_close(value, expected)
 
 
+def test_edges_of_control_images_are_pixels_of_a_half_or_more():
+    white, control = torch.ones(3, 3, 16, 16), torch.zeros(3, 3, 16, 16)
+    for k, grey in enumerate((0.45, 0.5, 1.0)):
+        control[k, :, 8] = grey
+    value = evaluate(make_reward("control_edge_f1"), shown(white, control)).value
+    assert value.tolist() == [1, 0, 0]  # a picture without edges
+
+
 def test_what_a_judge_cannot_read_is_named(images):
     with pytest.raises(ValueError, match="extractor 'luma' reads none; give a segmentation"):
         make_reward("control_miou", extractor="luma")
     with pytest.raises(ValueError, match="no pixel of control image 0 has a colour"):
         control = torch.full_like(images, 0.5)
+        evaluate(make_reward("control_miou"), shown(images, control))
+    control = torch.ones_like(images)
+    control[1] = 0.5  # the others can be read
+    with pytest.raises(ValueError, match="no pixel of control image 1 has a colour"):
         evaluate(make_reward("control_miou"), shown(images, control))
     with pytest.raises(ValueError, match="tolerance .* but -1 came"):
         make_reward("control_edge_f1", tolerance=-1)
