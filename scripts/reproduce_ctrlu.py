@@ -12,9 +12,10 @@ and weights at random places.
 The embedded ControlNet is finetuned to keep a *segmentation* (colour regions of drawn scenes), by
 the loss of a segmenter that is deliberately **biased**: a small network trained on drawings in
 which two colours have each other's labels (`BIASES`). A model can please it by painting a shape in
-the other colour. A second and a third segmenter mislabel two other colours each. In G, H
-and L they only say where they disagree with the first; in J and K the mean of the three is the
-reward. A third of the pictures, in training and evaluation, show what the first one mislabels.
+the other colour. A second and a third segmenter mislabel two other colours each. In G, H and L they
+only say where they disagree with the first; in J and K the mean of the three is the reward; in M it
+is the exact colours, as a ceiling. A third of the pictures, in training and evaluation, show what
+the first one mislabels.
 
 **Evaluators are never trained on**: the exact colours (`control_miou`), and a larger segmenter
 without bias and of another seed. The *hacking gap* is the mean IoU that the biased segmenter sees
@@ -72,7 +73,7 @@ BIASES: list[Bias] = [("purple", "blue"), ("green", "yellow"), ("red", "orange")
 
 @dataclass(frozen=True)
 class Arm:
-    """A letter, a title, options of `CtrlU`, and which segmenters are the reward."""
+    """A letter, a title, options of `CtrlU`, and what is rewarded: first, all, or exact."""
 
     letter: str
     title: str
@@ -96,6 +97,7 @@ ARMS = [
     Arm("J", "mean of the ensemble", _ONE, "all"),
     Arm("K", "J weighted by it", {**_MEMBERS, "penalty": 0.0}, "all"),
     Arm("L", "G with gradient in w", {**_MEMBERS, "penalty": 0.0, "faithful": True}),
+    Arm("M", "exact colours", _ONE, "exact"),
 ]
 BASELINE = "B"
 
@@ -288,6 +290,8 @@ class Lab:
         return make_extractor({"name": "segmentation", "model": net, "palette": "shapes"})
 
     def reward(self, arm: Arm) -> ControlReward:
+        if arm.rewarded == "exact":
+            return ControlReward("segmentation")
         whole = arm.rewarded == "all" or arm.options.get("uncertainty") == "members"
         nets = self.members if whole else self.members[:1]
         kind = ControlReward if arm.rewarded == "all" else Watched

@@ -8,7 +8,7 @@ import pytest
 import reproduce_ctrlu as ctrlu
 import torch
 
-from diffreward import evaluate
+from diffreward import evaluate, make_reward
 from diffreward.rewards.control import ControlReward, make_extractor
 
 
@@ -70,6 +70,10 @@ def test_who_is_rewarded_and_who_watches(lab):
     each = [-evaluate(ControlReward(m), samples).value for m in whole.members]
     torch.testing.assert_close(values[2].value, -sum(each) / 3)
     assert len(lab.reward(arms["J"]).members) == 3 > len(alone.members)
+    exact = evaluate(lab.reward(arms["M"]), samples)
+    torch.testing.assert_close(
+        exact.value, evaluate(make_reward("control_segmentation"), samples).value
+    )
 
 
 class Swapping(torch.nn.Module):
