@@ -22,7 +22,8 @@ Differences, and why:
 
 - w is a constant to the gradient. Published, it is not, and d/dU (l exp(-U) + lambda U) is negative
   where U < ln(l / lambda): the network may raise U to discount its loss. ``faithful`` is as
-  published.
+  published. (A constant w weakens a wrong gradient and cannot turn it. Where U is of several
+  readers of one picture, the published gradient protected from a biased one: docs/papers.md.)
 - the gradient of lambda U reaches the first prediction alone (``penalty_gradient``), the second
   being a teacher, so that it needs no graph; published: both.
 - readings are made in full precision, whatever the network's: rounding would count as uncertainty.
