@@ -41,7 +41,7 @@ from diffreward.rewards import RewardSpec
 from diffreward.rewards.weights import fingerprints, weights_fingerprint
 from diffreward.samples import Samples
 from diffreward.scoring.decode import Decoder
-from diffreward.scoring.planner import CPU_BATCH, LARGEST_BATCH, Row, Scorer
+from diffreward.scoring.planner import CPU_BATCH, LARGEST_BATCH, Row, Scorer, Task
 from diffreward.scoring.readers import Inputs, Item, clean, expand
 from diffreward.scoring.sets import SetValue, value_sets
 from diffreward.scoring.writer import Parts, check_output
@@ -308,17 +308,6 @@ def _text(value: Any) -> str:
 
 
 @dataclass
-class _Task:
-    """A batch: number ``place`` of the ``siblings`` of its chunk, which are written together."""
-
-    items: list[Item]
-    keys: list[bytes]
-    chunk: int
-    place: int
-    siblings: int = 0
-
-
-@dataclass
 class _Run:
     listed: Inputs
     scorer: Scorer
@@ -330,7 +319,7 @@ class _Run:
     group_by: str | None = None
     computed: int = 0
 
-    def go(self, scored: Iterator[tuple[_Task, list[Row]]], progress: bool) -> None:
+    def go(self, scored: Iterator[tuple[Task, list[Row]]], progress: bool) -> None:
         """Keep what is scored; batches come in any order."""
         chunks: dict[int, dict[int, tuple[list[bytes], list[Row]]]] = {}
         bar = tqdm(desc="score", unit="row", delay=2, disable=not progress)
@@ -350,7 +339,7 @@ class _Run:
                     )
                     del chunks[task.chunk]
 
-    def tasks(self) -> Iterator[_Task]:
+    def tasks(self) -> Iterator[Task]:
         """Everything is listed; what is there, or not this process's, makes no task."""
         done, seen = self.parts.start(), set()
         items, number = iter(self.listed), 0
@@ -367,14 +356,14 @@ class _Run:
                 yield from self._split(missing, number)
             number += 1
 
-    def _split(self, chunk: dict[bytes, Item], number: int) -> list[_Task]:
+    def _split(self, chunk: dict[bytes, Item], number: int) -> list[Task]:
         tasks = []
         for prompted in (True, False):
             some = [(k, item) for k, item in chunk.items() if (item.prompt is not None) == prompted]
             for start in range(0, len(some), self.batch_size):
                 batch = some[start : start + self.batch_size]
                 keys, items = [key for key, _ in batch], [item for _, item in batch]
-                tasks.append(_Task(items, keys, number, len(tasks)))
+                tasks.append(Task(items, keys, number, len(tasks)))
         return [replace(task, siblings=len(tasks)) for task in tasks]
 
     def _warn_if_hopeless(self, rows: list[Row]) -> None:
@@ -417,8 +406,8 @@ class _Local:
         return scorer.find_batch_size(items)
 
     def scored(
-        self, scorer: Scorer, tasks: Iterator[_Task], few: bool
-    ) -> Iterator[tuple[_Task, list[Row]]]:
+        self, scorer: Scorer, tasks: Iterator[Task], few: bool
+    ) -> Iterator[tuple[Task, list[Row]]]:
         """Batches with their rows, in order."""
         num_workers = self.num_workers
         if num_workers is None:
@@ -463,7 +452,7 @@ def _next(loader: Iterator) -> Any:
         return _Death(f"{type(err).__name__}: a worker of the DataLoader is gone")
 
 
-def _without_deadly(decoder: Decoder, tasks: Sequence[_Task], death: Exception) -> list[_Task]:
+def _without_deadly(decoder: Decoder, tasks: Sequence[Task], death: Exception) -> list[Task]:
     """The same tasks, but items that kill who decodes them have an error instead.
 
     Raises:

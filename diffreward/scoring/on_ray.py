@@ -16,16 +16,12 @@ import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from diffreward.scoring.decode import Decoder
-from diffreward.scoring.planner import CPU_BATCH, Row, Scorer
+from diffreward.scoring.planner import CPU_BATCH, Row, Scorer, Task
 from diffreward.scoring.readers import Item
-
-if TYPE_CHECKING:
-    from diffreward.scoring.engine import _Task
 
 _RETRIES = 2  # after the death of an actor or a task, be it the machine's fault or a file's
 
@@ -80,8 +76,8 @@ class Cluster:
             return CPU_BATCH
 
     def scored(
-        self, scorer: Scorer, tasks: Iterator[_Task], few: bool
-    ) -> Iterator[tuple[_Task, list[Row]]]:
+        self, scorer: Scorer, tasks: Iterator[Task], few: bool
+    ) -> Iterator[tuple[Task, list[Row]]]:
         """Batches with their rows, in any order."""
         kept, tables = [], []
         for n, task in enumerate(tasks):

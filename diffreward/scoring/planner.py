@@ -46,6 +46,17 @@ Found = dict[str, float] | np.ndarray | str
 of sets, or its error."""
 
 
+@dataclass
+class Task:
+    """A batch: number ``place`` of the ``siblings`` of its chunk, which are written together."""
+
+    items: list[Item]
+    keys: list[bytes]
+    chunk: int
+    place: int
+    siblings: int = 0
+
+
 def label_rewards(rewards: RewardSpec | Sequence[RewardSpec] | Mapping) -> dict[str, RewardSpec]:
     """Column name -> spec: a mapping as it is, others by name, numbered where names repeat.
 

@@ -13,7 +13,7 @@ from picture_files import folder_of
 from diffreward.rewards import RewardInfo
 from diffreward.rewards.towers import Preprocess
 from diffreward.samples import Samples
-from diffreward.scoring import Inputs, Scorer, engine, on_ray, score
+from diffreward.scoring import Inputs, Scorer, engine, on_ray, planner, score
 from diffreward.scoring.decode import Decoder
 from diffreward.scoring.writer import Parts
 
@@ -171,7 +171,7 @@ def test_a_deadly_file_stops_the_run_and_the_local_engine_goes_on(here, ray, mon
 def test_tasks_that_die_are_not_tried_for_ever(here, ray, monkeypatch):
     """Decoding as it is where there are GPUs."""
     folder_of(here / "f", 4)
-    task = engine._Task([*Inputs(["f"])], [bytes(16)] * 4, 0, 0, 1)
+    task = planner.Task([*Inputs(["f"])], [bytes(16)] * 4, 0, 0, 1)
     scorer = Brittle(Prepared())
     cluster = on_ray.Cluster(1)
     monkeypatch.setattr(on_ray, "_needs", lambda scorer: {"num_cpus": 1})
