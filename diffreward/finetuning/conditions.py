@@ -1,4 +1,4 @@
-"""Encoded prompts, kept in main memory while text encoders are not needed."""
+"""What is conditioned on: encoded prompts, kept in main memory, and the pictures of a data set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from diffreward.controlled import ControlledImages
-from diffreward.policy import Condition, Policy
+from diffreward.policy import Condition, Policy, sample_generators
+from diffreward.samples import Samples
 
 
 class Conditions:
@@ -49,6 +50,25 @@ class Conditions:
             unique = sorted(set(indices))
             return self._encode(unique).take([unique.index(p) for p in indices])
         return _to(self.kept.take(list(indices)), self.policy.device)
+
+    @torch.no_grad()
+    def latents(self, indices: Sequence[int]) -> torch.Tensor:
+        """Clean latents of the data's pictures."""
+        return self.policy.encode_samples(self.data.load(indices))
+
+    @torch.no_grad()
+    def examples(self, most: int) -> Samples | None:
+        """A few samples of the policy's kind: the data's pictures, or decoded noise.
+
+        Returns:
+            None: the policy's noise is of tokens, which have no gradient.
+        """
+        few = range(min(most, len(self.prompts)))
+        if self.data is not None:
+            return self.data.load(few).to(self.policy.device)
+        condition = self.take(few)
+        noise = self.policy.initial(condition, sample_generators(0, 1, len(few)))
+        return self.policy.decode(noise, condition) if noise.is_floating_point() else None
 
     @torch.no_grad()
     def _encode(self, indices: Sequence[int]) -> Condition:

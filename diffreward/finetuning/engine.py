@@ -350,7 +350,9 @@ class Engine:
                 stack.enter_context(closing(part))
             self.record.say(str(self.batches))
             if self.algorithm.family == "pathwise":
-                self._check_gradient()
+                samples = self.conditions.examples(2)
+                if samples is not None and samples.modality == "image":
+                    check_image_gradient(self.reward, samples)
             if self.start is None:
                 before = self.evaluator(0)
                 self.watch = Watch(self.training.guard, before)
@@ -753,7 +755,8 @@ class Engine:
                 policies = lockstep.policies
             extra = {"reference": policies[1]} if self.algorithm.needs_reference else {}
             if self.algorithm.needs_data:
-                extra |= {"x0": self._pictures(some, chosen), "reward": self.reward}
+                x0 = self.conditions.latents([chosen[r // b] for r in some.tolist()])
+                extra |= {"x0": x0, "reward": self.reward}
             with self._autocast():
                 loss, _, score = self.algorithm.loss(
                     policies[0], condition, self._generators(some, chosen),
@@ -772,27 +775,6 @@ class Engine:
         parts = {name: part.nanmean().item() for name, part in whole.parts.items()}
         found.append({"loss": loss, **parts, **self._step()})
         return whole.take(scored), scored // b
-
-    @torch.no_grad()
-    def _check_gradient(self) -> None:
-        """Before anything is trained: pictures of the data, or decoded noise, have a gradient."""
-        few = list(range(min(2, len(self.prompts))))
-        if self.data is not None:
-            samples = self.data.load(few).to(self.policy.device)
-        else:
-            condition = self.conditions.take(few)
-            noise = self.policy.initial(condition, sample_generators(0, 1, len(few)))
-            if not noise.is_floating_point():  # tokens, which have no gradient
-                return
-            samples = self.policy.decode(noise, condition)
-        if samples.modality == "image":
-            check_image_gradient(self.reward, samples)
-
-    @torch.no_grad()
-    def _pictures(self, rows: Tensor, chosen: list[int]) -> Tensor:
-        """Clean latents of the data's pictures, one per row."""
-        b = self.training.samples_per_prompt
-        return self.policy.encode_samples(self.data.load([chosen[r // b] for r in rows.tolist()]))
 
     def _step(self) -> dict[str, float]:
         """Sum the gradients over the processes, clip them, and step."""

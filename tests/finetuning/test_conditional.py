@@ -13,6 +13,7 @@ from torch import nn
 
 from diffreward import policies
 from diffreward.algorithms import make_algorithm
+from diffreward.algorithms.ctrl_u import CtrlU
 from diffreward.cli import main
 from diffreward.controlled import read_controlled
 from diffreward.finetuning import Training, engine, figures, finetune
@@ -114,12 +115,26 @@ def test_conditions_are_those_of_the_rows(data):
     expected = e.policy.encode(own.prompts, control=own.context["control"])
     for name, tensor in expected.tensors.items():
         torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-5, atol=1e-6)
-    rows, chosen = torch.tensor([1, 2, 3]), [5, 2]  # two samples of each
-    pictures = e._pictures(rows, chosen)
+
+
+def test_each_row_is_conditioned_on_the_picture_that_it_learns_from(data, monkeypatch):
+    e, seen, loss = made(data, max_batch=3), [], CtrlU.loss
+
+    def spy(self, policy, condition, generator, score, *, x0, reward):
+        seen.extend(zip(condition.prompts, x0, strict=True))
+        return loss(self, policy, condition, generator, score, x0=x0, reward=reward)
+
+    monkeypatch.setattr(CtrlU, "loss", spy)
+    e._pathwise([])
+    prompts = [prompt for prompt, _ in seen]
+    assert len(seen) == 4 and prompts[0] == prompts[1] != prompts[2] == prompts[3]
+    sized = data.resized(SIZE, SIZE)
     with torch.no_grad():
-        latents = e.policy.encode_samples(sized.load([5, 2, 2]))
-    torch.testing.assert_close(pictures, latents)
-    assert not pictures.requires_grad and (pictures[0] - pictures[1]).abs().max() > 0.1
+        every = e.policy.encode_samples(sized.load(range(ROWS)))
+    assert torch.pdist(every.flatten(1)).min() > 0.1
+    for prompt, x0 in seen:
+        torch.testing.assert_close(x0, every[int(prompt.split()[1])])
+        assert not x0.requires_grad
 
 
 def test_evaluations_have_the_first_rows_or_those_of_other_data(data):
@@ -410,11 +425,12 @@ def test_they_are_refused_before_the_first_update(broken, monkeypatch):
 def test_of_data_its_pictures_are_asked(data, monkeypatch):
     asked = []
     monkeypatch.setattr(engine, "check_image_gradient", lambda reward, s: asked.append(s))
-    e = made(data)
-    e._check_gradient()
+    e = made(data, iterations=1)
+    e.run()
     sized = data.resized(SIZE, SIZE).load([0, 1])
-    assert torch.equal(asked[0].data, sized.data)
+    assert torch.equal(asked[0].data, sized.data) and len(asked) == 1
     assert torch.equal(asked[0].context["control"], sized.context["control"])
+    assert len(e.conditions.examples(9)) == ROWS
 
 
 def test_algorithms_without_gradients_take_any_reward():
