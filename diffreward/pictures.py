@@ -31,7 +31,7 @@ def save_image(path: Path, image: Image.Image) -> None:
 
 def save_figure(path: Path, figure) -> None:
     """Write a matplotlib figure, whole or not at all."""
-    write_atomic(path, lambda unfinished: figure.savefig(unfinished, dpi=120))
+    write_atomic(path, lambda unfinished: figure.savefig(unfinished, dpi=120, bbox_inches="tight"))
 
 
 @dataclass(frozen=True)
