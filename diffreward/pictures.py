@@ -29,9 +29,10 @@ def save_image(path: Path, image: Image.Image) -> None:
     write_atomic(path, image.save)
 
 
-def save_figure(path: Path, figure) -> None:
-    """Write a matplotlib figure, whole or not at all."""
-    write_atomic(path, lambda unfinished: figure.savefig(unfinished, dpi=120, bbox_inches="tight"))
+def save_figure(path: Path, figure, trim: bool = False) -> None:
+    """Write a matplotlib figure, whole or not at all; ``trim``: without its white margins."""
+    box = "tight" if trim else None
+    write_atomic(path, lambda unfinished: figure.savefig(unfinished, dpi=120, bbox_inches=box))
 
 
 @dataclass(frozen=True)

@@ -601,7 +601,7 @@ def plot(found: dict[str, list[dict]], samples: int, path: Path) -> None:
         axis.set_yticks(range(len(arms)), [f"{a.letter} {a.title}" for a in arms])
         axis.xaxis.label.set_size(8)
     axes[0].invert_yaxis()
-    save_figure(path, figure)
+    save_figure(path, figure, trim=True)
 
 
 def grid(lab: Lab, output: Path, found: dict[str, list[dict]], path: Path, most: int = 6) -> None:

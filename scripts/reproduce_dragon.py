@@ -808,7 +808,7 @@ def plot_wins(rows: list[dict], path: Path) -> None:
     axis.set_yticks(range(len(order)), [TARGETS[n].title for n in order], fontsize=8)
     axis.set(xlim=(0, 100), xlabel="win rate against the pretrained model, per cent")
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
-    save_figure(path, figure)
+    save_figure(path, figure, trim=True)
     print(f"figure: {path}")
 
 
@@ -831,7 +831,7 @@ def plot_cross(rows: list[dict], path: Path) -> None:
         axis.set_yticks(range(len(trained)), [TARGETS[n].title for n in trained], fontsize=7)
         axis.set(xlabel="evaluated on", ylabel="trained on")
     figure.colorbar(image, ax=list(axes), label="win rate", shrink=0.7)
-    save_figure(path, figure)
+    save_figure(path, figure, trim=True)
     print(f"figure: {path}")
 
 
@@ -857,7 +857,7 @@ def plot_samples(rows: list[dict], output: Path, each: int = 2) -> None:
         axis.imshow(torch.cat(list(data), dim=2).permute(1, 2, 0).numpy())
         axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
         axis.set(xticks=[], yticks=[])
-    save_figure(output / "dragon_samples.png", figure)
+    save_figure(output / "dragon_samples.png", figure, trim=True)
     print(f"figure: {output / 'dragon_samples.png'}")
 
 

@@ -792,7 +792,7 @@ def plot(curves: dict[str, dict[str, Curve]], path: Path) -> None:
         axis.set(title=f"{TITLES[part]}: {ends[part]}", xlabel="believed gain", ylabel="true gain")
         axis.title.set_fontsize(10)
         axis.legend(fontsize=7)
-    save_figure(path, figure)
+    save_figure(path, figure, trim=True)
     print(f"figure: {path}")
 
 
@@ -815,7 +815,7 @@ def plot_samples(output: Path, seed_of: int = 0) -> None:
         axis.imshow(torch.cat(list(data), dim=2).permute(1, 2, 0).numpy())
         axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
         axis.set(xticks=[], yticks=[])
-    save_figure(output / "uncertainty_samples.png", figure)
+    save_figure(output / "uncertainty_samples.png", figure, trim=True)
     print(f"figure: {output / 'uncertainty_samples.png'}")
 
 
