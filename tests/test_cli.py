@@ -129,8 +129,10 @@ SCENES = "{source: embedded:scenes, control: edges, first: 3, count: 2}"
 OF_EDGES = ["--reward", "control_edges", "--judges", "[control_ssim]", "--data", SCENES]
 
 
-def test_steer_takes_control_images(capsys):
+def test_steer_takes_control_images(capsys, monkeypatch):
     argv = [*CONTROLNET, *OF_EDGES, "--steer.num_particles", "2"]
+    grid, shown = report.image_grid, []
+    monkeypatch.setattr(report, "image_grid", lambda *given: shown.append(given) or grid(*given))
     assert main(["steer", *argv, "--output", "one"]) == 0
     assert "control_ssim (held out)" in capsys.readouterr().out
     policy = diffreward.load_policy("embedded:emoji", controlnet="embedded:controlnet", num_steps=2)
@@ -144,8 +146,11 @@ def test_steer_takes_control_images(capsys):
     assert [row["prompt"] for row in rows[::2]] == 2 * scenes.prompts
     scores = [row["score"] for row in rows if row["arm"] == "steered"]
     assert scores == found.scores.value.tolist()
-    with Image.open("one/grid.png") as image:
-        assert image.width > 4 * 208  # the control image, and three ways of sampling
+    columns, drawn = shown[0]
+    assert columns == ["control", "unsteered", "best-of-2", "steered"]
+    for p, (prompt, cells) in enumerate(drawn):
+        assert prompt == scenes.prompts[p] and len(cells) == 4
+        assert torch.equal(cells[0].image, scenes.context["control"][p])
     assert main(["steer", "--config", "one/config.yaml", "--output", "two"]) == 0
     assert Path("one/scores.jsonl").read_bytes() == Path("two/scores.jsonl").read_bytes()
 

@@ -104,6 +104,61 @@ def test_weights_weaken_the_pull_to_the_wrong_colour_and_do_not_turn_it(lab):
     assert free[0] < 0 < free[-2]  # what gradients in w would be: a barrier
 
 
+def test_pictures_are_judged_by_their_own_conditions(lab):
+    """Two samples of each condition: the picture it was read off, and a white one."""
+    lab.members, lab.evaluator = [Swapping(bias) for bias in ctrlu.BIASES], Swapping(("red", "red"))
+    real = lab.eval.data
+    images = torch.stack([real, torch.ones_like(real)], 1).flatten(0, 1)
+    found = {name: np.array(value) for name, value in lab.judge(images).items()}
+    assert (found["miou"][::2] == 1).all() and (found["miou"][1::2] < 0.6).all()
+    np.testing.assert_array_equal(found["evaluator"], found["miou"])
+    shown = [ctrlu.shows(caption, ctrlu.BIASES[0]) for caption in lab.eval.prompts]
+    assert 0 < sum(shown) < len(shown)
+    np.testing.assert_array_equal(found["biased"][::2] == 1, ~np.array(shown))
+    np.testing.assert_allclose(found["gap"], found["biased"] - found["miou"])
+    apart = (real - 1).square().mean((1, 2, 3)).sqrt()
+    np.testing.assert_allclose(found["diversity"], apart, rtol=1e-5)
+
+
+def fake(folder, name, arm, seed, miou, diversity, seconds):
+    """A run of two conditions, the first mislabelled, with two samples each."""
+    row = {"arm": arm, "seed": seed, "miou": miou, "evaluator": miou, "biased": miou}
+    row |= {"gap": [0.5, 0.5, 0.0, 0.0], "diversity": diversity, "frechet": 0.25}
+    row |= {"curve": {"uncertainty": [1.0, 3.0]}, "seconds_per_update": seconds}
+    (folder / name).mkdir()
+    (folder / name / "row.json").write_text(json.dumps(row | {"rows_per_update": [1.0, 2.0]}))
+    data = torch.zeros(4, 3, 64, 64, dtype=torch.uint8)
+    ctrlu.save_data(folder / name / "samples.safetensors", data)
+
+
+def test_report_of_known_rows(tmp_path, capsys, monkeypatch):
+    scenes = ctrlu.chosen(0, 6)
+    marked = [ctrlu.shows(caption, ctrlu.BIASES[0]) for caption in scenes.prompts]
+    two = scenes.take([marked.index(True), marked.index(False)])
+    monkeypatch.setattr(ctrlu.Lab, "eval", two.load([0, 1]))
+    fake(tmp_path, "pretrained", None, 0, [0.0] * 4, [0.0] * 2, 1.0)
+    fake(tmp_path, "B-seed0", "B", 0, [0.2, 0.4, 0.6, 0.8], [0.1, 0.3], 1.0)
+    fake(tmp_path, "G-seed0", "G", 0, [0.4, 0.6, 0.8, 1.0], [0.2, 0.4], 2.0)
+    ctrlu.main(["--report", "--tiny", "--output", str(tmp_path)])
+    text = capsys.readouterr().out
+    means, differences, costs = text.split("###")[1:4]
+
+    def cells(part, letter):
+        (line,) = [line for line in part.splitlines() if line.startswith(f"| {letter} ")]
+        return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+    assert cells(means, "B") == [
+        "1", "0.500", "0.300", "0.500", "0.500", "0.250", "0.500", "0.200", "0.2500"
+    ]  # fmt: skip
+    assert cells(means, "G")[:3] == ["1", "0.700", "0.500"]
+    even = "+0.200 [+0.200, +0.200]"
+    assert cells(differences, "G") == [
+        even, even, even, even, "+0.000 [+0.000, +0.000]", "+0.000 [+0.000, +0.000]",
+        "+0.100 [+0.100, +0.100]",
+    ]  # fmt: skip
+    assert cells(costs, "G")[:4] == ["2.00", "1.0", "2.0", "2"]
+
+
 @pytest.fixture
 def lab(tmp_path):
     return ctrlu.Lab(tmp_path, ctrlu.TINY)

@@ -221,17 +221,17 @@ def test_report_of_known_rows(tmp_path, capsys):
         truth = [before, [3.5, 3.5], [4.0, 4.0]]
         green = [[0, 0], [0, 1], [1, 1]]
         write_row(
-            script, tmp_path, "prdp", arm, scores=judged(members, truth, green),
+            tmp_path, "prdp", arm, scores=judged(members, truth, green),
             kl=[[0, 0], [1, 1], [2, 3]],
         )  # fmt: skip
     # prompts x particles: the guide likes the second of the first prompt, the first of the other
     pool = [3.0, 4.0, 3.0, 2.0]
     write_row(
-        script, tmp_path, "steer", "plain", lmbda=0.0, best=[1, 0],
+        tmp_path, "steer", "plain", lmbda=0.0, best=[1, 0],
         scores=judged([pool] * 4, [2.0, 2.0, 2.0, 4.0], [0, 1, 0, 0]), weights=[[0.5, 0.5]] * 2,
     )  # fmt: skip
     write_row(
-        script, tmp_path, "steer", "mean", lmbda=8.0, best=[1, 0],
+        tmp_path, "steer", "mean", lmbda=8.0, best=[1, 0],
         scores=judged([[0.0, 6.0, 6.0, 0.0]] * 4, [0.0, 4.0, 2.0, 0.0], [0, 1, 1, 0]),
         weights=[[0.0, 1.0], [0.5, 0.5]],
     )  # fmt: skip
