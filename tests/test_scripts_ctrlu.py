@@ -138,7 +138,7 @@ def test_report_of_known_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ctrlu.Lab, "eval", two.load([0, 1]))
     fake(tmp_path, "pretrained", None, 0, [0.0] * 4, [0.0] * 2, 1.0)
     fake(tmp_path, "B-seed0", "B", 0, [0.2, 0.4, 0.6, 0.8], [0.1, 0.3], 1.0)
-    fake(tmp_path, "G-seed0", "G", 0, [0.4, 0.6, 0.8, 1.0], [0.2, 0.4], 2.0)
+    fake(tmp_path, "G-seed0", "G", 0, [0.5, 0.5, 0.7, 1.1], [0.2, 0.4], 2.0)
     ctrlu.main(["--report", "--tiny", "--output", str(tmp_path)])
     text = capsys.readouterr().out
     means, differences, costs = text.split("###")[1:4]
