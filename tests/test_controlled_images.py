@@ -1,35 +1,15 @@
 """Data sets of captioned pictures: manifests, folders, and drawn scenes."""
 
-import io
-import json
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from manifest_files import BLUE, GREEN, RED, jsonl, picture, png
 from PIL import Image
 
 from diffreward.controlled import read_controlled
 from diffreward.rewards import evaluate, make_reward, shapes
-
-RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-
-
-def picture(path, colour=RED, size=(6, 4)):
-    path.parent.mkdir(exist_ok=True, parents=True)
-    Image.new("RGB", size, colour).save(path)
-
-
-def png(colour, size=(4, 4)):
-    stream = io.BytesIO()
-    Image.new("RGB", size, colour).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def jsonl(path, rows):
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
-    return path
 
 
 @pytest.fixture

@@ -1,32 +1,13 @@
-import io
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from manifest_files import BLUE, RED, jsonl, picture, png
 from PIL import Image
 
 from diffreward.preferences import read_preferences
-
-RED, BLUE = (255, 0, 0), (0, 0, 255)
-
-
-def picture(path, colour=RED, size=(6, 4)):
-    path.parent.mkdir(exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-    return path
-
-
-def png(colour):
-    stream = io.BytesIO()
-    Image.new("RGB", (4, 4), colour).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def jsonl(path, rows):
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
-    return path
 
 
 @pytest.fixture
