@@ -57,7 +57,7 @@ from diffreward.controlled import SCENES, ControlledImages, read_controlled
 from diffreward.files import plain, table, write_atomic, write_text
 from diffreward.finetuning import finetune
 from diffreward.pictures import Cell, image_grid, save_figure, save_image
-from diffreward.rewards import evaluate_set
+from diffreward.rewards import Scores, evaluate_set
 from diffreward.rewards.control import ControlReward, make_extractor
 from diffreward.rewards.control_metrics import mean_iou
 from diffreward.rewards.shapes import COLOURS, parse
@@ -239,6 +239,9 @@ def train_segmenter(
 
 class Watched(ControlReward):
     """The first segmenter is the reward; the others only say where they disagree."""
+
+    def __call__(self, samples: Samples) -> Scores:
+        return ControlReward(self.members[0])(samples)
 
     def loss_maps(self, predictions, target):
         return super().loss_maps(predictions, target)[:1]

@@ -159,7 +159,7 @@ class ControlReward:
         target = self.target(samples)
         maps = self.loss_maps(self.read(samples.data), target)
         losses: dict[str, Tensor] = {}
-        for member, each in zip(self.members, maps, strict=False):
+        for member, each in zip(self.members, maps, strict=True):
             losses[distinct(member.name, losses)] = self.mean(each, target)
         if len(losses) == 1:
             (loss,) = losses.values()
